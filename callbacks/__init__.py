@@ -1,0 +1,1 @@
+"""Lightning callbacks that any task can use; configs name them by class."""

@@ -1,0 +1,82 @@
+"""Picks files out of public archives: download with a progress bar, then only the members that are asked for."""
+
+import gzip
+import re
+import shutil
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+from netllm_pl.errors import UserError
+
+
+def download(url: str, file: Path) -> None:
+    """Download a URL to a file, with a progress bar on a terminal; a path of a local file is copied.
+
+    Raises:
+        UserError: If the address cannot be reached or answers with an error.
+    """
+    if Path(url).is_file():
+        shutil.copyfile(url, file)
+        return
+    import pooch  # both take half a second to import
+    import requests
+
+    bring = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
+    try:
+        bring(url, str(file), None)
+    except (requests.RequestException, OSError, ValueError) as error:
+        raise UserError(
+            f"cannot download {url}: {_first_line(error)}\n"
+            "Go online, or name a mirror or a copy of the archive on this machine with --url."
+        ) from error
+
+
+def pick_members(archive: Path, wanted: re.Pattern[str], folder: Path) -> int:
+    """Extract the regular files of a tar archive whose path matches a pattern.
+
+    Nothing else of the archive touches the disk: links, devices and paths that leave the folder are refused even if
+    they match.
+
+    Args:
+        archive: A tar file, compressed or not.
+        wanted: Matched against each member's whole path without the archive's first folder. Its one group is the path
+            to write: ``data/(video1/user1.csv)`` writes ``video1/user1.csv`` in the folder.
+        folder: Where to write.
+
+    Returns:
+        How many files were written.
+
+    Raises:
+        UserError: If the archive is broken or a member that matches is unsafe.
+    """
+    count = 0
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                match = wanted.fullmatch(member.name.partition("/")[2])
+                if match is None:
+                    continue
+                _write(tar, member, folder / match[1])
+                count += 1
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(
+            f"{archive.name} is not a whole tar archive: {_first_line(error)}. Download it again."
+        ) from error
+    return count
+
+
+def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+    """Write one member's bytes under a name that the caller's pattern made."""
+    stream = tar.extractfile(member) if member.isreg() else None
+    if stream is None or ".." in Path(member.name).parts or ".." in target.parts:
+        raise UserError(
+            f"the archive's member {member.name} is a link or leaves the folder: refused. Use another mirror."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(stream.read())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

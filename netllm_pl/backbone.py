@@ -1,0 +1,248 @@
+"""The frozen language model: any Hugging Face causal LM, GGUF file or random weights, cut, frozen, adapted with LoRA."""
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from netllm_pl.errors import UserError, unknown
+
+NAMED = ("smollm2-135m",)
+"""Backbones that `python -m netllm_pl fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
+
+LORA_TARGETS: dict[str, list[str]] = {
+    "t5": ["q", "v"],
+    "mt5": ["q", "v"],
+    "gpt2": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "bloom": ["query_key_value"],
+    "falcon": ["query_key_value"],
+    "phi3": ["qkv_proj"],
+}
+"""Attention inputs by architecture; every other architecture names them q_proj and v_proj (Llama, Mistral, Qwen, OPT ...)."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation of linear layers (Hu et al., 2021, arXiv:2106.09685).
+
+    Attributes:
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank; null takes the rank.
+        dropout: Dropout on the input of the update, in training.
+        targets: Names of the layers to adapt, ``all-linear``, or null for the attention inputs of the architecture.
+    """
+
+    rank: int = 32
+    alpha: float | None = None
+    dropout: float = 0.05
+    targets: list[str] | Literal["all-linear"] | None = None
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which language model to take and how.
+
+    Attributes:
+        name: ``smollm2-135m``, a local folder, a ``.gguf`` file, a Hugging Face hub id, or an architecture (``llama``).
+        pretrained: False draws the same architecture with random weights (ablation; needs no download of weights).
+        config: Entries that replace those of the architecture's configuration, for random weights.
+        layers: Keep only the first k layers; null keeps all.
+        dtype: Type of the frozen weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+        attention: Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose.
+        checkpointing: Recompute activations in the backward pass to save memory.
+        lora: Low-rank adapter; null trains the encoder and the head only.
+        full: Train all weights instead (for comparison; checkpoints then hold them all).
+        seed: Seed of the random weights when not pretrained.
+    """
+
+    name: str = "smollm2-135m"
+    pretrained: bool = True
+    config: dict[str, Any] | None = None
+    layers: int | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    checkpointing: bool = False
+    lora: LoRA | None = field(default_factory=LoRA)
+    full: bool = False
+    seed: int = 0
+
+    def torch_dtype(self) -> torch.dtype:
+        """Return the type of the frozen weights on this machine."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
+class Backbone(nn.Module):
+    """A language model that reads token-like vectors and gives its last hidden states.
+
+    The word embedding and the LM head are dropped: a task brings its own encoder and head.
+
+    Args:
+        config: Which model and how.
+
+    Attributes:
+        d_model: Size of a token vector that goes in.
+        d_hidden: Size of a hidden state that comes out (equal to d_model for nearly all models).
+        token_scale: Root mean square of the word embedding, the scale that the first layer expects.
+        fingerprint: Names the frozen weights; equal for equal weights whatever their dtype.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        if config.full and config.lora is not None:
+            raise UserError("backbone: full and lora exclude each other; set lora: null for a full fine-tune")
+        model = _load(config)
+        embedding = model.get_input_embeddings()
+        weight = embedding.weight.detach()
+        self.d_model = int(weight.shape[1])
+        self.d_hidden = int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
+        self.token_scale = float(weight.float().square().mean().sqrt())
+        self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ("t5", "mt5")
+        model.set_input_embeddings(nn.Identity())
+        self.fingerprint = fingerprint_of(model)
+        model.requires_grad_(config.full)
+        if config.checkpointing:
+            # The name before transformers 5.20; from then on it is a deprecated alias.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self.model: nn.Module = model if config.lora is None else _adapt(model, config.lora)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights."""
+        return self.config.torch_dtype()
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """Run the language model once.
+
+        Args:
+            tokens: (B, T, d_model) float; the new tokens only when a cache holds earlier ones.
+            mask: (B, T) bool, True at real tokens; null if all are. With a cache it covers the cached tokens too.
+            cache: Keys and values of earlier tokens, extended in place (causal models only).
+
+        Returns:
+            (B, T, d_hidden) float32 last hidden states.
+        """
+        extra: dict[str, Any] = {}
+        if self.causal:
+            extra = {"use_cache": cache is not None, "past_key_values": cache}
+        elif cache is not None:
+            raise UserError(f"backbone {self.config.name}: an encoder keeps no key/value cache; take a causal model")
+        attention = None if mask is None else mask.long()
+        output = self.model(inputs_embeds=tokens.to(self.dtype), attention_mask=attention, **extra)
+        hidden: Tensor = output.last_hidden_state
+        return hidden.float()
+
+
+def _load(config: BackboneConfig) -> PreTrainedModel:
+    source, hf = _configuration(config)
+    _cut(hf, config)
+    factory = AutoModelForTextEncoding if hf.model_type in ("t5", "mt5") else AutoModel
+    attention = {} if config.attention is None else {"attn_implementation": config.attention}
+    try:
+        if config.pretrained:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # cut layers and the LM head are "unexpected" weights: wanted here
+                model = factory.from_pretrained(source, config=hf, dtype=config.torch_dtype(), **attention)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                # Drawn in float32 so that the same seed gives the same weights for every dtype.
+                model = factory.from_config(hf, dtype=torch.float32, **attention).to(config.torch_dtype())
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"backbone {config.name}: {_first_line(error)}") from error
+    inner: PreTrainedModel = getattr(model, "language_model", model)  # LLaVA and the like: the language model only
+    return inner
+
+
+def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
+    """Find where the weights lie and read the architecture's configuration."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    source = _source(config)
+    overrides = dict(config.config or {})
+    if overrides and config.pretrained:
+        raise UserError("backbone.config changes the architecture: it needs pretrained: false (use layers to cut)")
+    if source in CONFIG_MAPPING_NAMES and not Path(source).is_dir():
+        if config.pretrained:
+            raise UserError(f"backbone {source} is an architecture without weights; set pretrained: false or name a model")
+        return source, AutoConfig.for_model(source, **overrides)
+    try:
+        hf = AutoConfig.from_pretrained(source, **overrides)
+    except (OSError, ValueError) as error:
+        cure = f"Give {', '.join(NAMED)}, a folder with config.json, a .gguf file or a reachable hub id."
+        raise UserError(f"backbone '{config.name}' cannot be loaded: {_first_line(error)} {cure}") from error
+    return source, hf
+
+
+def _source(config: BackboneConfig) -> str:
+    path = Path(config.name).expanduser()
+    if config.name in NAMED:
+        from netllm_pl.fetch import fetch
+
+        return str(fetch(config.name))
+    if path.suffix == ".gguf":
+        from netllm_pl.gguf import converted_gguf
+
+        return str(converted_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"backbone {path}: no config.json there; give the folder that save_pretrained wrote")
+        return str(path)
+    if path.is_absolute() or config.name.startswith("."):
+        raise unknown("backbone folder", config.name, NAMED, "Give an existing folder, a .gguf file or a hub id.")
+    return config.name
+
+
+def _cut(hf: PreTrainedConfig, config: BackboneConfig) -> None:
+    """Keep the first layers by asking for fewer: the others are never loaded."""
+    if config.layers is None:
+        return
+    text = hf.get_text_config(decoder=True)
+    total = int(text.num_hidden_layers)
+    if not 1 <= config.layers <= total:
+        raise UserError(f"backbone.layers is {config.layers}; {config.name} has 1 to {total}")
+    text.num_hidden_layers = config.layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: config.layers]
+
+
+def _adapt(model: PreTrainedModel, lora: LoRA) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.targets or LORA_TARGETS.get(model.config.model_type, ["q_proj", "v_proj"])
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for GPT-2 itself
+            adapted: nn.Module = get_peft_model(model, settings)
+    except ValueError as error:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"backbone.lora.targets {targets} fit no layer; linear layers are: {', '.join(names)}") from error
+    return adapted
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """Hash the architecture and up to 1024 evenly spaced values of every weight, as bfloat16."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,167 @@
+"""Checkpoints that hold only what learns, and loading a task back from one or from an exported folder."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import nn
+
+from netllm_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from netllm_pl.task import NetTask
+
+KEY = "netllm_pl"
+"""Entry of a checkpoint that says which task, configuration and frozen weights it belongs to."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to a temporary name in the same folder and renames: a killed run leaves the old checkpoint whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save, then rename."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """Turn hyper-parameters into dicts, lists and scalars, the only things that checkpoints and YAML hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if hasattr(value, "as_dict"):  # jsonargparse's Namespace
+        return plain(value.as_dict())
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items() if not str(key).startswith("_")}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def frozen_fingerprints(task: nn.Module) -> dict[str, str]:
+    """Map module names to the fingerprints of their frozen weights."""
+    return {name: str(m.fingerprint) for name, m in task.named_modules() if hasattr(m, "fingerprint")}
+
+
+def trained_names(task: nn.Module) -> set[str]:
+    """Names of weights and buffers that a checkpoint must hold: all but the frozen modules' own."""
+    frozen = tuple(f"{name}." for name in frozen_fingerprints(task))
+    trainable = {name for name, parameter in task.named_parameters() if parameter.requires_grad}
+    parameters = {name for name, _ in task.named_parameters()}
+    own = {name for name in task.state_dict() if name not in parameters and not name.startswith(frozen or ("\0",))}
+    return trainable | own
+
+
+def identity(task: "NetTask") -> dict[str, Any]:
+    """Describe a task so that `load_task` can build it again."""
+    from netllm_pl import __version__
+
+    return {
+        "version": __version__,
+        "task": type(task).__name__,
+        "init_args": plain(dict(task.hparams)),
+        "frozen": frozen_fingerprints(task),
+    }
+
+
+def add_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
+    """Store the identity of a task, its data's configuration too, in a checkpoint."""
+    checkpoint[KEY] = identity(task)
+    data = getattr(task._trainer, "datamodule", None)
+    if data is not None:
+        checkpoint[KEY]["data"] = {"class_path": type(data).__name__, "init_args": plain(dict(data.hparams))}
+    checkpoint["hyper_parameters"] = plain(dict(checkpoint.get("hyper_parameters", {})))
+
+
+def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
+    """Compare a checkpoint with the task it is loaded into.
+
+    Raises:
+        UserError: if it is of another task or backbone, or weights are missing, unknown or of another shape.
+    """
+    stored = checkpoint.get(KEY)
+    if stored is None:
+        raise UserError("the checkpoint was not written by netllm_pl; give one that `fit` wrote")
+    if stored["task"] != type(task).__name__:
+        raise UserError(f"the checkpoint is of task {stored['task']}, not {type(task).__name__}; change model.class_path")
+    for name, fingerprint in frozen_fingerprints(task).items():
+        if stored["frozen"].get(name) != fingerprint:
+            was = stored["init_args"].get(name) or {}
+            hint = f"{was.get('name')}, layers {was.get('layers')}, pretrained {was.get('pretrained')}"
+            raise UserError(
+                f"the checkpoint belongs to another {name} (fingerprint {stored['frozen'].get(name)}: {hint}); this one "
+                f"has {fingerprint}. Set model.{name} to what it was trained with"
+            )
+    check_weights(task, checkpoint["state_dict"])
+
+
+def check_weights(task: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Raise UserError unless the weights are exactly those that the task learns, shape by shape."""
+    own = {name: value for name, value in task.state_dict().items() if name in trained_names(task)}
+    if own.keys() != weights.keys():
+        odd = sorted(own.keys() ^ weights.keys())
+        raise UserError(f"the checkpoint's weights do not fit: {len(odd)} missing or unknown, such as {odd[0]}")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise UserError(
+                f"the checkpoint's weight {name} has shape {tuple(weights[name].shape)}, the model needs "
+                f"{tuple(value.shape)}; use the model settings it was trained with"
+            )
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint file; nothing in it is executed."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist; `fit` writes best.ckpt and last.ckpt into its run folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for broken files
+        raise UserError(f"checkpoint {path} cannot be read: it is broken or no checkpoint of netllm_pl") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise UserError(f"{path} was not written by netllm_pl; give a checkpoint that `fit` wrote")
+    return checkpoint
+
+
+def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
+    """Build a class from plain arguments, checked against the types of its constructor."""
+    from jsonargparse import ArgumentParser
+
+    from netllm_pl.discovery import find_class
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(find_class(base, name, kind), "it")
+    return parser.instantiate_classes(parser.parse_object({"it": init_args})).it
+
+
+def load_task(path: Path) -> "NetTask":
+    """Load a task from a checkpoint or from the folder that `export` wrote, ready for prediction.
+
+    Raises:
+        UserError: if the path holds neither, or it belongs to frozen weights that this machine does not have.
+    """
+    from netllm_pl.task import NetTask
+
+    if path.is_dir():
+        from netllm_pl.export import load_exported
+
+        return load_exported(path)
+    checkpoint = read_checkpoint(path)
+    stored = checkpoint[KEY]
+    try:
+        task: NetTask = build(NetTask, stored["task"], stored["init_args"], "task")
+        check_identity(task, checkpoint)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    task.load_state_dict(checkpoint["state_dict"], strict=False)
+    return task.eval()

@@ -1,0 +1,84 @@
+"""The front door: looks at the first word and imports only what that command needs."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from netllm_pl.errors import UserError, unknown
+
+USAGE = """usage: python -m netllm_pl COMMAND [options]     (each command has --help; --debug shows tracebacks)
+
+train and run, configured by YAML and --key value
+  fit        train a task or a learned baseline, then print its table
+  validate   metrics of a checkpoint on the validation split
+  test       metrics of a checkpoint on the test split
+  predict    write the predictions of a checkpoint on the test split
+compare and take away
+  evaluate   run baselines and checkpoints on the same test windows or episodes; one table with intervals
+  export     write a checkpoint as a PEFT adapter folder, encoder and head
+  fetch      bring a public data set or the small default language model
+
+example: python -m netllm_pl fit --config configs/viewport_prediction.yaml
+"""
+
+
+def _lightning(command: str, args: list[str]) -> None:
+    from netllm_pl.run import run
+
+    run([command, *args])
+
+
+def _own(command: str, args: list[str]) -> None:
+    from netllm_pl import commands
+
+    getattr(commands, command)(args)
+
+
+COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
+    **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
+    **dict.fromkeys(("evaluate", "export", "fetch"), _own),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        args: Words of the command line; those of the process by default.
+
+    Raises:
+        SystemExit: with 2 after a mistake of the user, 1 after any other failure; each prints one or two lines.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    # With busy neighbours, OpenMP threads that spin while they wait slow small operations down by a factor of 100.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if words[0] == "--version":
+        from netllm_pl import __version__
+
+        print(__version__)
+        return
+    try:
+        if words[0] not in COMMANDS:
+            raise unknown("command", words[0], COMMANDS)
+        COMMANDS[words[0]](words[0], words[1:])
+    except UserError as error:
+        if debug:
+            raise
+        _fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).strip() or "no message").split("\n")[0]
+        _fail(f"error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,190 @@
+"""Data modules: splits, one loader factory, and how a policy is run over the test split."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from netllm_pl.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from netllm_pl.evaluate import Metric
+
+Batch = dict[str, Tensor]
+SPLITS = ("train", "valid", "test")
+
+
+class BatchedDataset(Protocol):
+    """A map-style data set that gathers a whole batch at once (Hugging Face `datasets` do so too)."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """Return the samples at the indices as one batch of tensors."""
+        ...
+
+
+class Batches(Sampler[list[int]]):
+    """Batches of indices: shuffled by seed and epoch, shared out over processes, and able to start in the middle.
+
+    Args:
+        size: Number of samples.
+        batch_size: Samples in a batch, per process.
+        shuffle: Draw a new order each epoch; then an incomplete last batch is dropped if there is a full one.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
+        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+        self.epoch = 0
+        self.start = 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.rank = torch.distributed.get_rank() if distributed else 0
+        self.world = torch.distributed.get_world_size() if distributed else 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; a new epoch starts at its first batch."""
+        if epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches of one epoch, for one process."""
+        share = self.size // self.world if self.shuffle else -(-self.size // self.world)
+        full = share // self.batch_size
+        return max(1, full) if self.shuffle else -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the batches of this epoch that are left."""
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        else:
+            order = torch.arange(self.size)
+        own = order[self.rank :: self.world]
+        for batch in range(self.start, len(self)):
+            yield own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+
+class Loader(DataLoader[Batch]):
+    """A data loader that knows where it is: Lightning saves that in checkpoints, so a run resumes in mid-epoch."""
+
+    sampler: Batches
+    consumed = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator can count what was really consumed
+        """Yield the batches of this epoch that are left."""
+        self.consumed = self.sampler.start
+        for batch in super().__iter__():
+            self.consumed += 1
+            yield batch
+        self.sampler.start = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of batches consumed in it."""
+        return {"epoch": self.sampler.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue behind the batches that were consumed."""
+        self.sampler.epoch = state["epoch"]
+        self.sampler.start = state["consumed"] if state["consumed"] < len(self.sampler) else 0
+
+
+class NetDataModule(pl.LightningDataModule, ABC):
+    """Base of every task's data: a task overrides `dataset`, `episodes`, and the class attributes.
+
+    Args:
+        batch_size: Samples in a training batch, per process.
+        eval_batch_size: Samples in a validation or test batch.
+        num_workers: Loader processes; 0 gathers in the main process, which is fastest for data in memory.
+        seed: Seed of the training order.
+    """
+
+    baselines: ClassVar[dict[str, Callable[[], Any]]] = {}
+    """Hand-written policies by name."""
+    metrics: ClassVar["tuple[Metric, ...]"] = ()
+    """What `evaluate` reports, the main metric first."""
+    compared: ClassVar[tuple[str, ...]] = ()
+    """Baselines in the table at the end of `fit`."""
+
+    def __init__(self, batch_size: int = 64, eval_batch_size: int = 256, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.seed = num_workers, seed
+
+    @abstractmethod
+    def dataset(self, split: str) -> BatchedDataset:
+        """Return the data set of a split (train, valid, test), checked and not empty."""
+
+    @abstractmethod
+    def episodes(self, policy: Any) -> "pd.DataFrame":
+        """Run a policy over the test split.
+
+        Returns:
+            One row an episode or window: ids, `cluster` (int, what the bootstrap resamples) and the metrics' columns.
+        """
+
+    def policy(self, name: str) -> Any:
+        """Build a policy from its name: a baseline, a checkpoint's path, or an exported folder."""
+        if name in self.baselines:
+            return self.baselines[name]()
+        path = Path(name)
+        if path.exists() or path.suffix == ".ckpt":
+            from netllm_pl.checkpoint import load_task
+
+            return load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
+        raise unknown("policy", name, self.baselines, "The path of a checkpoint or of an exported folder is one too.")
+
+    def loader(self, split: str) -> Loader:
+        """Make the loader of a split: the one factory behind all of them."""
+        train = split == "train"
+        data = self.dataset(split)
+        if len(data) == 0:
+            raise UserError(f"split '{split}' is empty; check the data's splits")
+        size = self.batch_size if train else self.eval_batch_size
+        return Loader(
+            _Rows(data),
+            sampler=Batches(len(data), size, shuffle=train, seed=self.seed),
+            batch_size=None,  # a sampler item is a whole batch: one vectorised gather
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> Loader:
+        """Loader of the training split."""
+        return self.loader("train")
+
+    def val_dataloader(self) -> Loader:
+        """Loader of the validation split."""
+        return self.loader("valid")
+
+    def test_dataloader(self) -> Loader:
+        """Loader of the test split."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Loader of the test split."""
+        return self.loader("test")
+
+
+class _Rows(Dataset[Batch]):
+    """Gives a batched data set the type that DataLoader asks for."""
+
+    def __init__(self, data: BatchedDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        return self.data[indices]
+
+    def __len__(self) -> int:
+        return len(self.data)

@@ -1,0 +1,57 @@
+"""A time series as tokens: a 1-D convolutional network."""
+
+from torch import Tensor, nn
+
+from netllm_pl.encoders.tokens import TokenNorm, Tokens
+
+
+class SeriesEncoder(nn.Module):
+    """Stacked 1-D convolutions; one token for every `stride` samples.
+
+    Args:
+        channels: Numbers per sample.
+        d_model: Size of a token vector.
+        width: Channels of the hidden layers.
+        kernel: Odd kernel size, in samples.
+        depth: Convolutions before the last.
+        stride: Samples per token; 1 keeps one token a sample.
+        scale: Root mean square of the tokens at the start (`Backbone.token_scale`).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        d_model: int,
+        width: int = 128,
+        kernel: int = 3,
+        depth: int = 2,
+        stride: int = 1,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        sizes = [channels] + [width] * depth
+        self.stride = stride
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+        self.activation = nn.GELU()
+        self.last = nn.Conv1d(sizes[-1], d_model, stride, stride=stride)
+        self.norm = TokenNorm(d_model, scale)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Encode a series.
+
+        Args:
+            values: (B, T, channels) float, T a multiple of the stride.
+            mask: (B, T) bool, True at real samples; padded samples do not influence real ones.
+
+        Returns:
+            (B, T / stride, d_model) tokens; a token is real if any of its samples is.
+        """
+        keep = None if mask is None else mask.unsqueeze(1)
+        hidden = values.transpose(1, 2)
+        for layer in self.layers:
+            hidden = self.activation(layer(hidden if keep is None else hidden * keep))
+        hidden = self.last(hidden if keep is None else hidden * keep)
+        real = None if mask is None else mask.unflatten(1, (-1, self.stride)).any(-1)
+        return Tokens(self.norm(hidden.transpose(1, 2)), real)

@@ -1,0 +1,118 @@
+"""Compares policies on the same episodes: runs them, writes the results, prints one table."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from netllm_pl.bootstrap import Metric, compare_pairs, summarise
+from netllm_pl.errors import UserError
+from netllm_pl.paths import atomic
+from netllm_pl.progress import status
+
+__all__ = ["Evaluable", "Metric", "compare_pairs", "print_table", "run", "summarise", "write_results"]
+
+
+class Evaluable(Protocol):
+    """What `run` needs of a data module."""
+
+    @property
+    def metrics(self) -> Sequence[Metric]:
+        """What to report; the first one is the main one."""
+
+    def policy(self, name: str) -> Any:
+        """The policy of a name; an unknown name is a `UserError`."""
+
+    def episodes(self, policy: Any) -> pd.DataFrame:
+        """Run a policy over the test split: one row an episode or window, with ``cluster`` and the metrics' columns."""
+
+
+def run(data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Run policies on the same episodes, write the results, print the table and where they lie.
+
+    Args:
+        data: The data module.
+        policies: Names of policies or paths of checkpoints; differences are to the first one.
+        out: Folder for summary.csv, paired.csv and episodes.parquet.
+        resamples: Bootstrap resamples behind the intervals.
+        seed: Seed of the resamples.
+
+    Returns:
+        The summary, as `summarise` gives it.
+    """
+    repeated = [name for name, count in Counter(policies).items() if count > 1]
+    if repeated or not policies:
+        raise UserError(f"policies {', '.join(policies)}: name at least one, and each once.")
+    for name in policies:
+        if not Path(name).exists():
+            data.policy(name)  # a misspelt name fails before the first policy runs
+    frames = []
+    for name in policies:
+        with status(f"running {name}"):
+            # loaded when its turn comes: several large backbones would not fit side by side
+            frames.append(data.episodes(data.policy(name)).assign(policy=name))
+    frame = pd.concat(frames, ignore_index=True)
+    summary = summarise(frame, data.metrics, policies, resamples, seed)
+    pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
+    write_results(out, summary, pairs, frame)
+    print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]")
+    print(f"wrote summary.csv, paired.csv and episodes.parquet in {out}")
+    return summary
+
+
+def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, frame: pd.DataFrame) -> None:
+    """Write summary.csv, paired.csv and episodes.parquet (policy first, measurements as float64) into a folder."""
+    episodes = frame.astype({name: "float64" for name in frame.select_dtypes("floating").columns})
+    episodes = episodes.astype({"policy": "string"})[["policy", *episodes.columns.drop("policy")]]
+    for name, table in (("summary.csv", summary), ("paired.csv", pairs)):
+        with atomic(out / name) as temporary:
+            table.to_csv(temporary, index=False)
+    with atomic(out / "episodes.parquet") as temporary:
+        episodes.to_parquet(temporary, index=False)
+
+
+def print_table(
+    summary: pd.DataFrame,
+    pairs: pd.DataFrame,
+    metrics: Sequence[Metric],
+    title: str,
+    console: Console | None = None,
+) -> None:
+    """Print one row a policy, and below how much better the last policy is than each other on the main metric.
+
+    Args:
+        summary: As `summarise` gives it.
+        pairs: As `compare_pairs` gives it.
+        metrics: The columns; the first one is the main one.
+        title: What stands above the table.
+        console: Where to print; null is standard output.
+    """
+    console = console or Console()
+    main = metrics[0]
+    policies = list(dict.fromkeys(summary["policy"]))
+    rows = summary.set_index(["policy", "metric"])
+    table = Table(title=title)
+    table.add_column("policy", overflow="fold")
+    for metric in metrics:
+        table.add_column(metric.name, justify="right")
+    table.add_column(Text(f"better than {policies[0]} by ({main.name})"), justify="right")
+    for policy in policies:
+        cells = [_interval(*rows.loc[(policy, metric.name), ["mean", "low", "high"]]) for metric in metrics]
+        gain = rows.loc[(policy, main.name), ["paired_mean", "paired_low", "paired_high"]]
+        gained = "" if policy == policies[0] else _interval(*gain)
+        table.add_row(*map(Text, (policy, *cells, gained)))  # plain: brackets would be taken for markup
+    console.print(table)
+    chosen = pairs[(pairs["policy"] == policies[-1]) & (pairs["metric"] == main.name)]
+    for pair in chosen.itertuples():
+        by = _interval(pair.mean, pair.low, pair.high)
+        console.print(Text(f"{pair.policy} is better than {pair.other} by {by} {main.name}"), soft_wrap=True)
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    """Write an estimate with its interval."""
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"

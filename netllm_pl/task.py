@@ -1,0 +1,197 @@
+"""A task: encode, one pass of the frozen language model, answer. Subclass it to add a task.
+
+Shapes: B batch, T tokens, A answers, d_model size of a token vector, d_hidden size of a hidden state.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from netllm_pl.backbone import Backbone, BackboneConfig
+from netllm_pl.checkpoint import add_identity, check_identity, trained_names
+from netllm_pl.data import Batch
+from netllm_pl.errors import UserError
+
+
+class Prompt(NamedTuple):
+    """What the language model reads.
+
+    Attributes:
+        tokens: (B, T, d_model) float.
+        answers: (A,) int64, the positions whose hidden states the head reads.
+        mask: (B, T) bool, True at real tokens; None if all are.
+    """
+
+    tokens: Tensor
+    answers: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up.
+
+    Attributes:
+        lr: Peak learning rate.
+        weight_decay: Decay of matrices; vectors (norms, biases) are not decayed.
+        warmup: Share of all steps in which the rate rises from zero.
+        schedule: What follows the warm-up.
+        betas: Decay rates of AdamW's moments.
+    """
+
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class NetTask(pl.LightningModule, ABC):
+    """Base of every task and learned baseline: optimiser, metrics, adapter-only checkpoints.
+
+    A task overrides `encode` and `answer` (or `forward` as a whole, as learned baselines without a backbone do),
+    `loss`, `build_metrics` and `update_metrics`.
+
+    Args:
+        backbone: The language model; null for a learned baseline that has none.
+        optimizer: AdamW's settings.
+    """
+
+    monitor: ClassVar[str] = "val/loss"
+    """Metric that chooses the best checkpoint."""
+    monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+
+    def __init__(self, backbone: BackboneConfig | None = None, optimizer: OptimizerConfig | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = False  # frozen weights are not in checkpoints; check_identity compares what must be
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.backbone = None if backbone is None else Backbone(backbone)
+        splits = {"train": "train/", "valid": "val/", "test": "test/"}
+        self.split_metrics = nn.ModuleDict(
+            {f"{split}_metrics": self.build_metrics().clone(prefix=prefix) for split, prefix in splits.items()}
+        )
+
+    # What a task says -------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch) -> Prompt:
+        """Turn a batch into the tokens that the language model reads."""
+        raise TypeError(f"{type(self).__name__} overrides neither encode() nor forward()")
+
+    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Turn hidden states (B, A, d_hidden) into the answer."""
+        raise TypeError(f"{type(self).__name__} overrides neither answer() nor forward()")
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Return the scalar training loss."""
+
+    @abstractmethod
+    def build_metrics(self) -> MetricCollection:
+        """Return the metrics of one split; called once a split."""
+
+    @abstractmethod
+    def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Batch) -> None:
+        """Feed a prediction to the metrics."""
+
+    def augment(self, batch: Batch) -> Batch:
+        """Vary a training batch at random; as it is by default."""
+        return batch
+
+    # What every task does ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Predict in a single pass of the language model."""
+        if self.backbone is None:
+            raise UserError(f"{type(self).__name__} needs a backbone; set model.backbone.name")
+        prompt = self.encode(batch)
+        hidden = self.backbone(prompt.tokens, prompt.mask)
+        return self.answer(hidden[:, prompt.answers], batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of training."""
+        batch = self.augment(batch)
+        prediction = self(batch)
+        loss = self.loss(prediction, batch)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self._update("train", prediction.detach(), batch)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and metrics of a validation batch."""
+        self._evaluate("valid", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and metrics of a test batch."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Prediction of a batch."""
+        prediction: Tensor = self(batch)
+        return prediction
+
+    def _evaluate(self, split: str, batch: Batch) -> None:
+        prediction = self(batch)
+        size = next(iter(batch.values())).shape[0]
+        name = {"valid": "val", "test": "test"}[split]
+        self.log(f"{name}/loss", self.loss(prediction, batch), batch_size=size, sync_dist=True)
+        self._update(split, prediction, batch)
+
+    def _update(self, split: str, prediction: Tensor, batch: Batch) -> None:
+        metrics = self.split_metrics[f"{split}_metrics"]
+        assert isinstance(metrics, MetricCollection)
+        self.update_metrics(metrics, prediction, batch)
+        self.log_dict(metrics, on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Keep what frozen encoders computed."""
+        self._flush()
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep what frozen encoders computed."""
+        self._flush()
+
+    def on_test_epoch_end(self) -> None:
+        """Keep what frozen encoders computed."""
+        self._flush()
+
+    def _flush(self) -> None:
+        for module in self.modules():
+            if hasattr(module, "flush"):
+                module.flush()
+
+    # Optimiser and checkpoints ----------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over the trainable weights; matrices decay, vectors do not; warm-up, then cosine or constant."""
+        config = self.optimizer_config
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        total = self.trainer.estimated_stepping_batches
+        if config.schedule == "constant" or total == float("inf"):
+            warmup = 0 if total == float("inf") else int(config.warmup * total)
+            schedule = get_constant_schedule_with_warmup(optimizer, warmup)
+        else:
+            schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what learns, and say what it belongs to."""
+        keep = trained_names(self)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keep}
+        add_identity(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another task, backbone or shape."""
+        check_identity(self, checkpoint)

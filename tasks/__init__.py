@@ -1,0 +1,1 @@
+"""Networking tasks, one folder each; the command line finds them here."""

@@ -1,0 +1,229 @@
+"""Viewport traces as a data module: published splits and windows, any trace by path, or the built-in generator."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+
+from netllm_pl.data import Batch, NetDataModule
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.evaluate import Metric
+from netllm_pl.paths import data_root
+from netllm_pl.task import NetTask
+from tasks.viewport_prediction.baselines import LinearRegression, Ridge, Static, Velocity, window_errors
+from tasks.viewport_prediction.model import ViewportModel
+from tasks.viewport_prediction.pictures import Pictures, read_pictures
+from tasks.viewport_prediction.splits import PUBLISHED_SPLITS, check_splits
+from tasks.viewport_prediction.synthetic import Synthetic, generate, synthetic_splits
+from tasks.viewport_prediction.traces import Traces, read_traces
+from tasks.viewport_prediction.windows import Windows, gather, make_windows
+
+Splits = dict[str, dict[str, list[int | str]]]
+
+
+class ViewportDataset:
+    """Windows of one split, gathered a batch at a time.
+
+    Args:
+        traces: All traces.
+        windows: Where each window lies.
+        history: Samples before.
+        horizon: Samples after.
+        pictures: What the videos show, or None.
+        offsets: Times of the pictures relative to the last history sample, in seconds.
+    """
+
+    def __init__(
+        self,
+        traces: Traces,
+        windows: Windows,
+        history: int,
+        horizon: int,
+        pictures: Pictures | None = None,
+        offsets: tuple[float, ...] = (0.0,),
+    ) -> None:
+        self.traces, self.windows = traces, windows
+        self.history, self.horizon = history, horizon
+        self.pictures, self.offsets = pictures, offsets
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.windows.t)
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """Gather windows: history (B,T,3), future (B,H,3) degrees, window (B,), and pictures if there are any."""
+        rows = np.asarray(indices, dtype=np.int64)
+        history, future = gather(self.traces, self.windows, rows, self.history, self.horizon)
+        batch = {
+            "history": torch.from_numpy(history),
+            "future": torch.from_numpy(future),
+            "window": torch.from_numpy(rows),
+        }
+        if self.pictures is not None:
+            trace = self.windows.trace[rows]
+            now = self.traces.times[self.traces.starts[trace] + self.windows.t[rows] - 1]
+            shown = self.pictures.at(self.traces.video[trace], now[:, None] + np.asarray(self.offsets)[None])
+            batch["pictures"] = torch.from_numpy(self.pictures.pixels[shown])
+            batch["picture_ids"] = torch.from_numpy(self.pictures.ids[shown])
+        return batch
+
+
+class ViewportPredictionData(NetDataModule):
+    """Viewport windows.
+
+    Args:
+        dataset: ``synthetic`` (generated), ``jin2022``, ``wu2017``, or the path of a Parquet file with columns video,
+            user, t, roll, pitch, yaw (degrees), of a folder of such files, or of the published per-user CSV layout.
+        data_dir: Folder with viewport/jin2022.parquet and so on; else NETLLM_DATA, else where `fetch` puts it.
+        history: Samples before the prediction (5 Hz: 10 samples are 2 s).
+        horizon: Samples to predict.
+        step: Samples between two windows of validation and test.
+        train_step: The same in training; a small number gives dense windows.
+        trim_head: Samples at the start of a trace before the first predicted one.
+        trim_tail: The first predicted sample lies at least that many before the end (published code: 60; its figures: 30).
+        splits: For each of train, valid, test the videos and users; needed for data given by path.
+        pictures: Folder of pictures <video>/<seconds>.png; the generator makes its own.
+        picture_offsets: Which pictures a window sees, in seconds relative to its last history sample.
+        synthetic: The generator's settings.
+        batch_size: Windows in a training batch, per process.
+        eval_batch_size: Windows in a validation or test batch.
+        num_workers: Loader processes.
+        seed: Seed of the training order.
+    """
+
+    baselines: ClassVar[dict[str, Any]] = {
+        "static": Static,
+        "linear": LinearRegression,
+        "velocity": Velocity,
+        "ridge": Ridge,
+    }
+    metrics = (
+        Metric("mae_deg", "mae_deg"),
+        Metric("mae_roll_deg", "mae_roll_deg"),
+        Metric("mae_pitch_deg", "mae_pitch_deg"),
+        Metric("mae_yaw_deg", "mae_yaw_deg"),
+        Metric("rmse_deg", "mse_deg2", root=True),
+    )
+    compared = ("static", "ridge")
+
+    def __init__(
+        self,
+        dataset: str = "synthetic",
+        data_dir: str | None = None,
+        history: int = 10,
+        horizon: int = 20,
+        step: int = 15,
+        train_step: int = 2,
+        trim_head: int = 30,
+        trim_tail: int = 60,
+        splits: Splits | None = None,
+        pictures: str | None = None,
+        picture_offsets: tuple[float, ...] = (0.0,),
+        synthetic: Synthetic = Synthetic(),  # noqa: B008  # frozen
+        batch_size: int = 256,
+        eval_batch_size: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        sizes = {"history": history, "horizon": horizon, "step": step, "train_step": train_step}
+        for name, value in sizes.items():
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        self.source, self.data_dir, self.own_splits = dataset, data_dir, splits
+        self.history, self.horizon = history, horizon
+        self.step, self.train_step = step, train_step
+        self.trim_head, self.trim_tail = trim_head, trim_tail
+        self.picture_folder, self.picture_offsets, self.synthetic = pictures, tuple(picture_offsets), synthetic
+
+    @cached_property
+    def content(self) -> tuple[Traces, Pictures | None, Splits]:
+        """Traces, pictures and splits, read once."""
+        if self.source == "synthetic":
+            traces, pixels, seconds = generate(self.synthetic)
+            splits = self.own_splits or synthetic_splits(self.synthetic)
+            return traces, Pictures.regular(pixels, seconds), splits
+        pictures = None if self.picture_folder is None else read_pictures(Path(self.picture_folder))
+        return read_traces(self._path()), pictures, self._splits()
+
+    def _path(self) -> Path:
+        if self.source in PUBLISHED_SPLITS:
+            path = data_root(self.data_dir) / "viewport" / f"{self.source}.parquet"
+            if not path.is_file():
+                raise UserError(
+                    f"{path} does not exist; run `python -m netllm_pl fetch {self.source}`, or set data.data_dir or "
+                    "NETLLM_DATA to the folder that holds viewport/"
+                )
+            return path
+        path = Path(self.source).expanduser()
+        if not path.exists():
+            raise unknown("dataset", self.source, ["synthetic", *PUBLISHED_SPLITS], "Or give the path of a file or folder.")
+        return path
+
+    def _splits(self) -> Splits:
+        splits = self.own_splits or PUBLISHED_SPLITS.get(self.source)
+        if splits is None:
+            raise UserError(
+                f"data.splits is missing for {self.source}; say which videos and users are for what, such as "
+                "splits: {test: {videos: [1], users: [2, 3]}}"
+            )
+        check_splits(splits)
+        return splits
+
+    def dataset(self, split: str, step: int | None = None) -> ViewportDataset:
+        """Return the windows of a split; training takes its own step unless one is given."""
+        traces, pictures, splits = self.content
+        if split not in splits:
+            raise UserError(f"split '{split}' is not among data.splits ({', '.join(splits)}); add its videos and users")
+        chosen = splits[split]
+        windows = make_windows(
+            traces,
+            chosen.get("videos"),
+            chosen.get("users"),
+            self.history,
+            self.horizon,
+            step or (self.train_step if split == "train" else self.step),
+            self.trim_head,
+            self.trim_tail,
+        )
+        return ViewportDataset(traces, windows, self.history, self.horizon, pictures, self.picture_offsets)
+
+    def policy(self, name: str) -> Any:
+        """Build a policy; a baseline that learns is fitted on the training windows at the published step."""
+        policy = super().policy(name)
+        if hasattr(policy, "fit") and not isinstance(policy, NetTask):
+            train = self.dataset("train", step=self.step)
+            rows = np.arange(len(train))
+            policy.fit(*gather(train.traces, train.windows, rows, self.history, self.horizon))
+        return policy
+
+    def episodes(self, policy: Any) -> pd.DataFrame:
+        """Run a policy over the test windows: one row a window, clustered by trace (video and user)."""
+        data = self.dataset("test")
+        parts = []
+        for start in range(0, len(data), self.eval_batch_size):
+            batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
+            parts.append(window_errors(self._predict(policy, batch), batch["future"].numpy()))
+        windows, traces = data.windows, data.traces
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        where = {
+            "window": np.arange(len(data)),
+            "video": traces.video[windows.trace],
+            "user": traces.user[windows.trace],
+            "t": windows.t,
+            "cluster": windows.trace,
+        }
+        return pd.DataFrame(where | columns)
+
+    def _predict(self, policy: Any, batch: Batch) -> np.ndarray:
+        if isinstance(policy, ViewportModel):
+            with torch.inference_mode():
+                moved = {name: value.to(policy.device) for name, value in batch.items()}
+                return policy.predict(moved, self.horizon).float().cpu().numpy()
+        if isinstance(policy, NetTask):
+            raise UserError(f"the checkpoint is of {type(policy).__name__}, which predicts no viewports")
+        prediction: np.ndarray = policy.predict(batch["history"].numpy(), self.horizon)
+        return prediction

@@ -1,0 +1,142 @@
+"""Windows over viewport traces: which samples a policy sees, and which it must predict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netllm_pl.errors import UserError
+from tasks.viewport_prediction.traces import Labels, Traces, label_order
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Places in traces at which a prediction is asked for.
+
+    Attributes:
+        trace: (K,) int64 index of the trace.
+        t: (K,) int64 index, inside the trace, of the first sample to predict.
+    """
+
+    trace: NDArray[np.int64]
+    t: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Return the number of windows K."""
+        return len(self.t)
+
+
+def make_windows(
+    traces: Traces,
+    videos: Sequence[int | str] | None,
+    users: Sequence[int | str] | None,
+    history: int,
+    horizon: int,
+    step: int,
+    trim_head: int,
+    trim_tail: int,
+    split: str = "data",
+) -> Windows:
+    """Cut windows by the rule of the published code: ``t in range(trim_head, length - trim_tail, step)``.
+
+    A window at t sees the samples ``[t - history, t)`` and predicts ``[t, t + horizon)``; one that would reach outside
+    its trace is left out.
+
+    Args:
+        traces: Where to cut.
+        videos: Labels of the videos to take; null takes all.
+        users: Labels of the viewers to take; null takes all.
+        history: Samples seen.
+        horizon: Samples to predict.
+        step: Samples between windows.
+        trim_head: Samples at the start of a trace at which no window is asked for.
+        trim_tail: The same at the end.
+        split: What error messages call this selection.
+
+    Raises:
+        UserError: A label is unknown, a size makes no sense, or no window is left.
+    """
+    _check_sizes(history, horizon, step, trim_head, trim_tail)
+    chosen = select(traces, videos, users, split)
+    stop = np.minimum(traces.lengths[chosen] - trim_tail, traces.lengths[chosen] - horizon + 1)
+    count = np.maximum(0, -((trim_head - stop) // step))
+    trace = np.repeat(chosen, count)
+    place = np.arange(len(trace)) - np.repeat(np.cumsum(count) - count, count)
+    t = trim_head + step * place
+    inside = t >= history
+    if not inside.any():
+        longest = int(traces.lengths[chosen].max())
+        raise _no_window(split, longest, history, horizon, trim_head, trim_tail)
+    return Windows(trace[inside], t[inside])
+
+
+def select(
+    traces: Traces, videos: Sequence[int | str] | None, users: Sequence[int | str] | None, split: str = "data"
+) -> NDArray[np.int64]:
+    """Return the indices of the traces of these videos and viewers; null means all.
+
+    Raises:
+        UserError: A label is in no trace, or no trace has both.
+    """
+    video = _mask(traces.video, videos, f"split '{split}': videos")
+    user = _mask(traces.user, users, f"split '{split}': users")
+    chosen = np.flatnonzero(video & user)
+    if not len(chosen):
+        raise UserError(f"split '{split}' is empty: no trace has one of its videos and one of its users")
+    return chosen
+
+
+def gather(
+    traces: Traces, windows: Windows, indices: NDArray[np.integer] | Sequence[int], history: int, horizon: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Copy windows out of the traces at once.
+
+    Args:
+        traces: The traces that the windows were cut from.
+        windows: All windows.
+        indices: (B,) which of them.
+        history: Samples seen, T.
+        horizon: Samples to predict, H.
+
+    Returns:
+        (B, T, 3) and (B, H, 3) raw roll, pitch, yaw in degrees.
+    """
+    pick = np.asarray(indices, dtype=np.int64)
+    first = traces.starts[windows.trace[pick]] + windows.t[pick]
+    samples = traces.angles[first[:, None] + np.arange(-history, horizon)]
+    return samples[:, :history], samples[:, history:]
+
+
+def _mask(labels: Labels, wanted: Sequence[int | str] | None, where: str) -> NDArray[np.bool_]:
+    if wanted is None:
+        return np.ones(len(labels), dtype=np.bool_)
+    names = [str(name) for name in wanted]
+    known = sorted(set(labels.tolist()), key=label_order)
+    strange = [name for name in names if name not in known]
+    if strange:
+        shown = ", ".join(known[:12]) + (f" ... ({len(known)} in all)" if len(known) > 12 else "")
+        raise UserError(f"{where} {', '.join(strange)} are in no trace of the data; known: {shown}")
+    return np.isin(labels, names)
+
+
+def _check_sizes(history: int, horizon: int, step: int, trim_head: int, trim_tail: int) -> None:
+    for name, value, least in (
+        ("history", history, 1),
+        ("horizon", horizon, 1),
+        ("step", step, 1),
+        ("trim_head", trim_head, 0),
+        ("trim_tail", trim_tail, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name}: {value} is too small; expected {least} or more samples")
+
+
+def _no_window(split: str, longest: int, history: int, horizon: int, trim_head: int, trim_tail: int) -> UserError:
+    trace = f"the longest trace has {longest} samples"
+    if history + horizon > longest:
+        why = f"history {history} + horizon {horizon} does not fit: {trace}; shorten them"
+    else:
+        sizes = f"history {history}, horizon {horizon}, trim_head {trim_head} and trim_tail {trim_tail}"
+        why = f"{sizes} leave no place: {trace}; lower one of them"
+    return UserError(f"split '{split}' has no window: {why}")
