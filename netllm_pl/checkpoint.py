@@ -1,6 +1,7 @@
 """Checkpoints that hold only what learns, and loading a task back from one or from an exported folder."""
 
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,12 @@ def trained_names(task: nn.Module) -> set[str]:
     return trainable | own
 
 
+def init_args(module: Any) -> dict[str, Any]:
+    """Return the constructor's arguments of a task or data module, without those that it gave to its base class."""
+    known = inspect.signature(type(module)).parameters
+    return {name: value for name, value in plain(dict(module.hparams)).items() if name in known}
+
+
 def identity(task: "NetTask") -> dict[str, Any]:
     """Describe a task so that `load_task` can build it again."""
     from netllm_pl import __version__
@@ -70,7 +77,7 @@ def identity(task: "NetTask") -> dict[str, Any]:
     return {
         "version": __version__,
         "task": type(task).__name__,
-        "init_args": plain(dict(task.hparams)),
+        "init_args": init_args(task),
         "frozen": frozen_fingerprints(task),
     }
 
@@ -80,8 +87,10 @@ def add_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = identity(task)
     data = getattr(task._trainer, "datamodule", None)
     if data is not None:
-        checkpoint[KEY]["data"] = {"class_path": type(data).__name__, "init_args": plain(dict(data.hparams))}
-    checkpoint["hyper_parameters"] = plain(dict(checkpoint.get("hyper_parameters", {})))
+        checkpoint[KEY]["data"] = {"class_path": type(data).__name__, "init_args": init_args(data)}
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):
+        if key in checkpoint:
+            checkpoint[key] = plain(dict(checkpoint[key]))
 
 
 def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile
 
 from netllm_pl.parsing import Parser
 
@@ -24,7 +24,7 @@ def evaluate(args: list[str]) -> None:
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
     for ignored in ("model", "trainer", "ckpt_path", "run_dir"):
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
-    config = parser.parse_args(args)
+    config = parser.read(args)
     _seed(config.seed_everything)
     data = parser.instantiate_classes(config).data
     run(data, [name.strip() for name in config.policies.split(",") if name.strip()], config.out)
@@ -35,7 +35,7 @@ def export(args: list[str]) -> None:
     parser = _parser("export", export.__doc__)
     parser.add_argument("checkpoint", type=Path, help="what fit wrote")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    config = parser.parse_args(args)
+    config = parser.read(args)
     from netllm_pl.export import export as write
 
     print(f"wrote {write(config.checkpoint, config.out)}")
@@ -49,11 +49,11 @@ def fetch(args: list[str]) -> None:
     parser.add_argument("name", type=str, help="what to bring")
     parser.add_argument("--data_dir", type=str | None, default=None, help="where data sets go; or NETLLM_DATA")
     parser.add_argument("--url", type=str | None, default=None, help="a mirror, or a local copy of the archive")
-    config = parser.parse_args(args)
+    config = parser.read(args)
     print(f"{config.name} is at {fetching.fetch(config.name, config.data_dir, config.url)}")
 
 
-def _parser(name: str, description: str | None) -> ArgumentParser:
+def _parser(name: str, description: str | None) -> Parser:
     return Parser(prog=f"python -m netllm_pl {name}", description=description)
 
 

@@ -38,7 +38,7 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             save_config_callback=_SaveConfig,
-            trainer_defaults={"use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()]},
+            trainer_defaults={"use_distributed_sampler": False},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -56,6 +56,11 @@ class CLI(LightningCLI):
             help="also write last.ckpt every that many training steps, to lose less when killed",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read files and command line; the command line wins wherever its options stand."""
+        assert isinstance(parser, LightningParser)
+        self.config = parser.read(args)
+
     def _parse_ckpt_path(self) -> None:
         """Files and command line win over hyper-parameters stored in a checkpoint (Lightning 2.6 does the opposite)."""
 
@@ -64,6 +69,9 @@ class CLI(LightningCLI):
         config = self._get(self.config, "trainer")
         self.run_dir = self._folder(config)
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
+        plugins = self._get(self.config_init, "trainer").get("plugins") or []
+        # No default of the parser: it is an object, which no config.yaml can hold.
+        extra["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         if self._get(self.config_init, "trainer").get("logger") in (None, True):
             fitting = self.subcommand == "fit"
             extra["logger"] = [

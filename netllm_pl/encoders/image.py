@@ -88,7 +88,11 @@ class FrozenVision(nn.Module):
         if self.config.size is not None:
             pixels = F.interpolate(pixels, self.config.size, mode="bilinear", antialias=True, align_corners=False)
         pixels = (pixels - self.mean) / self.std
-        extra = {} if self.model.config.model_type == "dinov2" else {"interpolate_pos_encoding": True}
+        trained = self.model.config.image_size
+        trained = tuple(trained) if isinstance(trained, list | tuple) else (trained, trained)
+        # DINOv2 fits its position embedding to any size unasked; others do when told, and only from square ones.
+        other = self.model.config.model_type != "dinov2" and trained != tuple(pixels.shape[-2:])
+        extra = {"interpolate_pos_encoding": True} if other else {}
         hidden: Tensor = self.model(pixel_values=pixels, **extra).last_hidden_state
         return hidden[:, -rows * columns :].half()  # class and register tokens come first
 

@@ -14,7 +14,7 @@ from netllm_pl.evaluate import Metric
 from netllm_pl.paths import data_root
 from netllm_pl.task import NetTask
 from tasks.viewport_prediction.baselines import LinearRegression, Ridge, Static, Velocity, window_errors
-from tasks.viewport_prediction.model import ViewportModel
+from tasks.viewport_prediction.model import ViewportModel, wrap
 from tasks.viewport_prediction.pictures import Pictures, read_pictures
 from tasks.viewport_prediction.splits import PUBLISHED_SPLITS, check_splits
 from tasks.viewport_prediction.synthetic import Synthetic, generate, synthetic_splits
@@ -188,6 +188,7 @@ class ViewportPredictionData(NetDataModule):
             step or (self.train_step if split == "train" else self.step),
             self.trim_head,
             self.trim_tail,
+            split,
         )
         return ViewportDataset(traces, windows, self.history, self.horizon, pictures, self.picture_offsets)
 
@@ -222,7 +223,7 @@ class ViewportPredictionData(NetDataModule):
         if isinstance(policy, ViewportModel):
             with torch.inference_mode():
                 moved = {name: value.to(policy.device) for name, value in batch.items()}
-                return policy.predict(moved, self.horizon).float().cpu().numpy()
+                return wrap(policy.predict(moved, self.horizon)).float().cpu().numpy()
         if isinstance(policy, NetTask):
             raise UserError(f"the checkpoint is of {type(policy).__name__}, which predicts no viewports")
         prediction: np.ndarray = policy.predict(batch["history"].numpy(), self.horizon)

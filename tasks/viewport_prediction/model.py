@@ -3,6 +3,7 @@
 Shapes: B batch, T history samples, H horizon samples; the last axis is (roll, pitch, yaw) in degrees.
 """
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -90,6 +91,11 @@ class ViewportModel(NetTask):
             raise UserError(f"model: history is {history} and horizon {horizon}; at least 2 and 1 are needed")
         self.history, self.horizon = history, horizon
         self.objective, self.rotate, self.mirror, self.stretch = objective, rotate, mirror, stretch
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """Predict (B, horizon, 3) degrees; by the language model if a task does not say otherwise."""
+        return super().forward(batch)
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the unwrapped history (B, history, 3) and its last sample (B, 1, 3)."""
