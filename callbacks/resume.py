@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class ExactResume(Callback):
@@ -33,6 +34,19 @@ class ExactResume(Callback):
         """Keep the states until training goes on: set-up and sanity checks draw random numbers too."""
         self._pending = state_dict
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint of an epoch's end go on with the next epoch.
+
+        Lightning would otherwise train one more batch in the old epoch, and then skip an epoch's order.
+        """
+        fit = checkpoint["loops"]["fit_loop"]
+        epoch, batch = fit["epoch_progress"], fit["epoch_loop.batch_progress"]
+        if epoch["total"]["completed"] == epoch["total"]["processed"] - 1 and batch["is_last_batch"]:
+            for count in (epoch["total"], epoch["current"]):
+                count["completed"] = count["processed"]
+            batch["current"] = dict.fromkeys(batch["current"], 0)
+            batch["is_last_batch"] = False
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
         if self._pending is None:
@@ -45,3 +59,31 @@ class ExactResume(Callback):
         np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
+
+
+class SaveOften(ModelCheckpoint):
+    """Saves every few steps, but only where a resumed run goes on exactly.
+
+    Lightning resumes without the validation that was due at the step of a checkpoint, and trains on the wrong batch
+    if that step was the last of an epoch. So a save waits for the end of the validation, and the last step of an epoch
+    is left to the checkpoint at the end of the epoch, which must be there too. Give it `every_n_train_steps`.
+    """
+
+    _waits = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save now, unless the epoch ends or a validation comes first."""
+        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if trainer.is_last_batch or fetcher is None:
+            return
+        self._waits = loop._should_check_val_fx(fetcher)
+        if not self._waits:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what waited."""
+        if self._waits:
+            self._waits = False
+            super().on_train_batch_end(trainer, pl_module, None, None, 0)

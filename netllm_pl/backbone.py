@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.pytorch_utils import Conv1D
 
 from netllm_pl.errors import UserError, unknown
 
 NAMED = ("smollm2-135m",)
 """Backbones that `python -m netllm_pl fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
+
+ENCODERS = ("t5", "mt5")
+"""Encoder-decoders, of which only the encoder is run: it sees all tokens and keeps no cache."""
 
 LORA_TARGETS: dict[str, list[str]] = {
     "t5": ["q", "v"],
@@ -93,7 +97,7 @@ class Backbone(nn.Module):
         d_model: Size of a token vector that goes in.
         d_hidden: Size of a hidden state that comes out (equal to d_model for nearly all models).
         token_scale: Root mean square of the word embedding, the scale that the first layer expects.
-        fingerprint: Names the frozen weights; equal for equal weights whatever their dtype.
+        fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -107,9 +111,11 @@ class Backbone(nn.Module):
         self.d_model = int(weight.shape[1])
         self.d_hidden = int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
         self.token_scale = float(weight.float().square().mean().sqrt())
-        self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ("t5", "mt5")
+        self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ENCODERS
         model.set_input_embeddings(nn.Identity())
         self.fingerprint = fingerprint_of(model)
+        if not config.pretrained:
+            _cast(model, config.torch_dtype())
         model.requires_grad_(config.full)
         if config.checkpointing:
             # The name before transformers 5.20; from then on it is a deprecated alias.
@@ -147,7 +153,7 @@ class Backbone(nn.Module):
 def _load(config: BackboneConfig) -> PreTrainedModel:
     source, hf = _configuration(config)
     _cut(hf, config)
-    factory = AutoModelForTextEncoding if hf.model_type in ("t5", "mt5") else AutoModel
+    factory = AutoModelForTextEncoding if hf.model_type in ENCODERS else AutoModel
     attention = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         if config.pretrained:
@@ -157,8 +163,8 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                # Drawn in float32 so that the same seed gives the same weights for every dtype.
-                model = factory.from_config(hf, dtype=torch.float32, **attention).to(config.torch_dtype())
+                # Drawn in float32 so that the same seed gives the same weights for every dtype; cast afterwards.
+                model = factory.from_config(hf, dtype=torch.float32, **attention)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"backbone {config.name}: {_first_line(error)}") from error
     inner: PreTrainedModel = getattr(model, "language_model", model)  # LLaVA and the like: the language model only
@@ -208,13 +214,20 @@ def _cut(hf: PreTrainedConfig, config: BackboneConfig) -> None:
     """Keep the first layers by asking for fewer: the others are never loaded."""
     if config.layers is None:
         return
-    text = hf.get_text_config(decoder=True)
+    # Of an encoder-decoder transformers gives a copy, and of T5 we run the encoder.
+    text = hf if hf.model_type in ENCODERS else hf.get_text_config(decoder=True)
     total = int(text.num_hidden_layers)
     if not 1 <= config.layers <= total:
         raise UserError(f"backbone.layers is {config.layers}; {config.name} has 1 to {total}")
     text.num_hidden_layers = config.layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: config.layers]
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the weights, but no buffers: rotary frequencies stay float32, as they do when weights are loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _adapt(model: PreTrainedModel, lora: LoRA) -> nn.Module:
@@ -228,7 +241,8 @@ def _adapt(model: PreTrainedModel, lora: LoRA) -> nn.Module:
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for GPT-2 itself
             adapted: nn.Module = get_peft_model(model, settings)
     except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"backbone.lora.targets {targets} fit no layer; linear layers are: {', '.join(names)}") from error
     return adapted
 

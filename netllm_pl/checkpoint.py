@@ -106,11 +106,12 @@ def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint is of task {stored['task']}, not {type(task).__name__}; change model.class_path")
     for name, fingerprint in frozen_fingerprints(task).items():
         if stored["frozen"].get(name) != fingerprint:
-            was = stored["init_args"].get(name) or {}
+            key = name.rsplit(".", 1)[-1]  # image.vision comes from vision
+            was = stored["init_args"].get(key) or {}
             hint = f"{was.get('name')}, layers {was.get('layers')}, pretrained {was.get('pretrained')}"
             raise UserError(
-                f"the checkpoint belongs to another {name} (fingerprint {stored['frozen'].get(name)}: {hint}); this one "
-                f"has {fingerprint}. Set model.{name} to what it was trained with"
+                f"the checkpoint belongs to another {key} (fingerprint {stored['frozen'].get(name)}: {hint}); this one "
+                f"has {fingerprint}. Set model.{key} to what it was trained with"
             )
     check_weights(task, checkpoint["state_dict"])
 

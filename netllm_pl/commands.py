@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
-
 from netllm_pl.parsing import Parser
+
+IGNORED = ("model", "trainer", "ckpt_path", "weights_only", "run_dir", "save_every")
+"""Parts of a config of `fit` that `evaluate` has no use for."""
 
 
 def evaluate(args: list[str]) -> None:
@@ -17,14 +18,16 @@ def evaluate(args: list[str]) -> None:
 
     discover()
     parser = Parser(prog="python -m netllm_pl evaluate", description=evaluate.__doc__)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML of a task; only its data part is used")
+    parser.add_argument("-c", "--config", action="config", help="YAML of a task; only its data part is used")
     parser.add_subclass_arguments(NetDataModule, "data", required=True)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for summary.csv and episodes.parquet")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
-    for ignored in ("model", "trainer", "ckpt_path", "run_dir"):
+    for ignored in IGNORED:
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
     config = parser.read(args)
+    for ignored in IGNORED:
+        config.pop(ignored)  # else jsonargparse builds every class that they name
     _seed(config.seed_everything)
     data = parser.instantiate_classes(config).data
     run(data, [name.strip() for name in config.policies.split(",") if name.strip()], config.out)

@@ -59,7 +59,8 @@ class Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of one epoch, for one process."""
-        share = self.size // self.world if self.shuffle else -(-self.size // self.world)
+        # Training takes equal shares, as its processes step together; evaluation takes every sample.
+        share = self.size // self.world if self.shuffle else len(range(self.rank, self.size, self.world))
         full = share // self.batch_size
         return max(1, full) if self.shuffle else -(-share // self.batch_size)
 
@@ -158,6 +159,7 @@ class NetDataModule(pl.LightningDataModule, ABC):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            generator=torch.Generator(),  # else each epoch's start draws from the global one, and a resumed run differs
         )
 
     def train_dataloader(self) -> Loader:

@@ -20,18 +20,20 @@ class RegressionHead(nn.Module):
     Args:
         d_hidden: Size of a hidden state.
         outputs: Numbers per position.
+        width: Size of a hidden layer; None is a single linear layer.
     """
 
-    def __init__(self, d_hidden: int, outputs: int) -> None:
+    def __init__(self, d_hidden: int, outputs: int, width: int | None = None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d_hidden)
-        self.linear = nn.Linear(d_hidden, outputs)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        hidden = [] if width is None else [nn.Linear(d_hidden, width), nn.GELU()]
+        last = nn.Linear(width or d_hidden, outputs)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.LayerNorm(d_hidden), *hidden, last)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map (B, T, H) to (B, T, outputs); positions that mask (B, T) rules out give 0."""
-        values: Tensor = self.linear(self.norm(hidden))
+        values: Tensor = self.layers(hidden)
         return values if mask is None else values * mask.unsqueeze(-1)
 
 

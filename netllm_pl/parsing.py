@@ -45,12 +45,13 @@ class Parser(ArgumentParser):
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
         """Build the configured classes; what their constructors raise comes out as they raised it."""
         try:
-            return super().instantiate_classes(*args, **kwargs)
+            built: Namespace = super().instantiate_classes(*args, **kwargs)
         except Exception as error:
             cause = _raised(error)
             if cause is error:
                 raise
             raise cause from None
+        return built
 
     def _chosen(self, words: Sequence[str]) -> tuple[ArgumentParser, Sequence[str]]:
         """Return the parser of the subcommand that the first word names, and that word; or this parser."""

@@ -8,17 +8,27 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from safetensors.torch import save_file
 
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
-from netllm_pl.errors import UserError
 from netllm_pl.parsing import LightningParser
+from netllm_pl.paths import atomic
 from netllm_pl.task import NetTask
+
+EXPECTED_WARNINGS = (
+    "does not have many workers",  # data lies in memory
+    "LeafSpec",
+    "exists and is not empty",  # config, metrics and checkpoints share the run's folder
+    "module.s. in eval mode",  # frozen encoders
+    "callbacks used to create the checkpoint",  # test and predict need none of fit's
+    "dirpath has changed",
+    "is_gradient_checkpointing",  # peft asks transformers by the old name
+)
 
 
 class CLI(LightningCLI):
@@ -79,7 +89,10 @@ class CLI(LightningCLI):
                 *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
             ]
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not config.fast_dev_run:
-            extra["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), *self._checkpoints()]
+            extra["callbacks"] = [
+                *(self._get(self.config_init, "trainer").get("callbacks") or []),
+                *self._checkpoints(),
+            ]
         return super().instantiate_trainer(**(extra | kwargs))
 
     def _folder(self, trainer: Any) -> Path:
@@ -90,7 +103,7 @@ class CLI(LightningCLI):
 
     def _checkpoints(self) -> list[Callback]:
         task = type(self.model)
-        where = {"dirpath": str(self.run_dir), "enable_version_counter": False}
+        where: dict[str, Any] = {"dirpath": str(self.run_dir), "enable_version_counter": False}
         best = ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **where)
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where)
         often = self._get(self.config, "save_every")
@@ -110,13 +123,24 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is and compare the best checkpoint with the baselines on the test split."""
-        best = self.run_dir / "best.ckpt"
-        if not best.is_file() or not self.trainer.is_global_zero:
+        # A run that ends before its first validation has no best checkpoint.
+        best = next((f for name in ("best.ckpt", "last.ckpt") if (f := self.run_dir / name).is_file()), None)
+        if best is None or not self.trainer.is_global_zero:
             return
         from netllm_pl.evaluate import run
 
         run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
         print(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+
+    def after_predict(self) -> None:
+        """Write the predictions of the test split, in its order, and say where."""
+        batches = self.trainer.predict_loop.predictions
+        if not batches:
+            return
+        path = self.run_dir / "predictions.safetensors"
+        with atomic(path) as partial:
+            save_file({"prediction": torch.cat(batches).contiguous()}, partial)
+        print(f"wrote {path}")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -127,15 +151,14 @@ class _SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
-            )
+            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 def run(args: list[str]) -> None:
     """Run one of Lightning's commands."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data lies in memory: no workers
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for expected in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{expected}")
+    for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     torch.set_float32_matmul_precision("high")
     CLI(args)

@@ -66,8 +66,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: It is missing, is no YAML, or holds no mapping.
     """
     if not path.is_file():
-        beside = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise unknown("config file", str(path), shortlist(str(path), beside))
+        beside = [str(file) for file in path.parent.glob("[!.]*.yaml")] if path.parent.is_dir() else []
+        near = get_close_matches(str(path), beside, n=1)
+        guess = f"did you mean {near[0]}?" if near else "give the path of a YAML file"
+        raise UserError(f"config file {path} does not exist; {guess}")
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.MarkedYAMLError as error:
@@ -93,7 +95,7 @@ def find_mistake(words: Sequence[str], dests: Iterable[str]) -> UserError | None
         classes: dict[str, type | None] = {}
         for source in sources:
             for key, value in source.tree.items():
-                if key in CLASSES and key in known:
+                if key in CLASSES and f"{key}.help" in known:  # `evaluate` ignores the model: its parser knows no class
                     _check_class(source.name, key, value, classes)
                 else:
                     _check_keys(source.name, key, value, known)
@@ -169,9 +171,10 @@ def _nested(key: str, value: str | None) -> dict[str, Any]:
 def _check_keys(source: str, key: str, value: Any, known: set[str]) -> None:
     """Check a key, and those below it, against keys with dots."""
     parent, _, name = key.rpartition(".")
-    level = {dest.removeprefix(f"{parent}.").split(".")[0] for dest in known if not parent or dest.startswith(f"{parent}.")}
+    above = f"{parent}." if parent else ""
+    level = {dest.removeprefix(above).split(".")[0] for dest in known if dest.startswith(above)}
     if name not in level:
-        raise _unknown_key(source, parent, name, level)
+        raise _unknown_key(source, parent, name, level - {"help", "config", "print_config"})
     if isinstance(value, Mapping) and any(dest.startswith(f"{key}.") for dest in known):
         for inner, part in value.items():
             _check_keys(source, f"{key}.{inner}", part, known)

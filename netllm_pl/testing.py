@@ -100,7 +100,9 @@ def check_predictions(task: NetTask, batch: Batch) -> None:
     for part in (slice(0, 1), slice(size // 2, size)):
         alone = _predict(task, {name: value[part] for name, value in batch.items()})
         error = _difference(together[part], alone)
-        assert error <= 1e-4, f"a prediction depends on the other samples in the batch (relative difference {error:.1e})"
+        assert error <= 1e-4, (
+            f"a prediction depends on the other samples in the batch (relative difference {error:.1e})"
+        )
 
 
 def check_gradients(task: NetTask, batch: Batch) -> None:

@@ -8,6 +8,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,16 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; set NETLLM_DATA to the folder that holds viewport/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone() -> Path:
+    """Sub-config of a language model with two random layers, which needs no download."""
+    return ROOT / "configs" / "llm" / "tiny_random.yaml"
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, for tests that would otherwise write into the user's."""
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -20,6 +20,10 @@ from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic, cache_dir
 
 
+SHARPNESS = 4.0
+"""Factor on the scores of the attention pooling: heads differ, and so learn, from the start."""
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Which vision transformer to take.
@@ -65,6 +69,7 @@ class FrozenVision(nn.Module):
         self._rows: dict[int, int] = {}
         self._saved = 0
         self._read_disk = False
+        self._size = self.config.size or (0, 0)
 
     def train(self, mode: bool = True) -> "FrozenVision":
         """Stay in evaluation mode: frozen means frozen."""
@@ -92,6 +97,9 @@ class FrozenVision(nn.Module):
         trained = tuple(trained) if isinstance(trained, list | tuple) else (trained, trained)
         # DINOv2 fits its position embedding to any size unasked; others do when told, and only from square ones.
         other = self.model.config.model_type != "dinov2" and trained != tuple(pixels.shape[-2:])
+        if other and trained[0] != trained[1]:
+            size = f"{trained[0]} x {trained[1]}"
+            raise UserError(f"vision {self.config.name} reads pictures of {size} pixels only; set vision.size")
         extra = {"interpolate_pos_encoding": True} if other else {}
         hidden: Tensor = self.model(pixel_values=pixels, **extra).last_hidden_state
         return hidden[:, -rows * columns :].half()  # class and register tokens come first
@@ -108,6 +116,7 @@ class FrozenVision(nn.Module):
         """
         if ids is None:
             return self.compute(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).float()
+        self._size = self.config.size or (pictures.shape[2], pictures.shape[3])
         self._load_disk()
         flat = ids.flatten().tolist()
         missing = {key: place for place, key in enumerate(flat) if key not in self._rows}
@@ -130,7 +139,7 @@ class FrozenVision(nn.Module):
 
     @property
     def _folder(self) -> Path:
-        height, width = self.config.size or (0, 0)
+        height, width = self._size
         return cache_dir() / "features" / f"{self.fingerprint}-{height}x{width}"
 
     def _append(self, keys: list[int], features: Tensor) -> None:
@@ -162,27 +171,41 @@ class FrozenVision(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Reads the patch features of pictures into a few tokens by learned queries.
+    """Reads the patch features of pictures into a few tokens by attention pooling (Ilse et al., 2018, arXiv:1802.04712).
+
+    Each of several heads scores all patches with a small network and averages its own slice of their values. Scores
+    from a network find a small bright object within a few hundred steps; dot products with learned queries needed
+    several times as many in our trials.
 
     Args:
         config: Which vision transformer.
         d_model: Size of a token vector.
         tokens: Tokens per picture (M).
         extra: Further numbers per patch (K), such as its direction as seen by the viewer.
-        width: Size of the reader.
+        width: Size of the reader, a multiple of the heads.
+        heads: Heads of the pooling.
         scale: Root mean square of the tokens at the start (`Backbone.token_scale`).
     """
 
     def __init__(
-        self, config: VisionConfig, d_model: int, tokens: int = 4, extra: int = 0, width: int = 128, scale: float = 1.0
+        self,
+        config: VisionConfig,
+        d_model: int,
+        tokens: int = 4,
+        extra: int = 0,
+        width: int = 128,
+        heads: int = 16,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
+        self.tokens, self.heads = tokens, heads
         self.vision = FrozenVision(config)
         self.norm = nn.LayerNorm(self.vision.features)
-        self.patch = nn.Sequential(nn.Linear(self.vision.features + extra, width), nn.GELU(), nn.Linear(width, width))
-        self.queries = nn.Parameter(torch.randn(tokens, width) / width**0.5)
-        self.read = nn.MultiheadAttention(width, num_heads=4, batch_first=True)
-        self.out = nn.Sequential(nn.Linear(width, d_model), TokenNorm(d_model, scale))
+        size = self.vision.features + extra
+        self.value = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, width))
+        self.score = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.Linear(width, heads))
+        self.out = nn.Linear(width, tokens * d_model)
+        self.out_norm = TokenNorm(d_model, scale)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of that many pixels."""
@@ -204,11 +227,11 @@ class ImageEncoder(nn.Module):
         """
         features = self.norm(self.vision(pictures, ids))
         features = features if extra is None else torch.cat([features, extra], dim=-1)
-        patches = self.patch(features).flatten(0, 1)
-        queries = self.queries.expand(patches.shape[0], -1, -1)
-        read, _ = self.read(queries, patches, patches, need_weights=False)
-        tokens = self.out(read).unflatten(0, pictures.shape[:2]).flatten(1, 2)
-        return Tokens(tokens, None if mask is None else mask.repeat_interleave(self.queries.shape[0], dim=1))
+        weights = (SHARPNESS * self.score(features)).softmax(dim=2)
+        values = self.value(features).unflatten(-1, (self.heads, -1))
+        read = torch.einsum("bpnk,bpnkd->bpkd", weights, values).flatten(2)
+        tokens = self.out_norm(self.out(read).unflatten(-1, (self.tokens, -1))).flatten(1, 2)
+        return Tokens(tokens, None if mask is None else mask.repeat_interleave(self.tokens, dim=1))
 
 
 def _load(config: VisionConfig) -> tuple[Any, list[float], list[float]]:

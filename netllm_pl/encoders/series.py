@@ -48,10 +48,10 @@ class SeriesEncoder(nn.Module):
         Returns:
             (B, T / stride, d_model) tokens; a token is real if any of its samples is.
         """
-        keep = None if mask is None else mask.unsqueeze(1)
+        padded = None if mask is None else ~mask.unsqueeze(1)
         hidden = values.transpose(1, 2)
         for layer in self.layers:
-            hidden = self.activation(layer(hidden if keep is None else hidden * keep))
-        hidden = self.last(hidden if keep is None else hidden * keep)
+            hidden = self.activation(layer(hidden if padded is None else hidden.masked_fill(padded, 0.0)))
+        hidden = self.last(hidden if padded is None else hidden.masked_fill(padded, 0.0))
         real = None if mask is None else mask.unflatten(1, (-1, self.stride)).any(-1)
         return Tokens(self.norm(hidden.transpose(1, 2)), real)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
-from netllm_pl.encoders import ImageEncoder, SeriesEncoder, Tokens, VisionConfig, join
+from netllm_pl.encoders import ImageEncoder, SeriesEncoder, TokenNorm, Tokens, VisionConfig, join
 from netllm_pl.errors import UserError
 from netllm_pl.heads import RegressionHead
 from netllm_pl.task import OptimizerConfig, Prompt
@@ -43,6 +43,7 @@ class ViewportPrediction(ViewportModel):
         representation: ``relative`` motion, or ``absolute`` angles normalised by 180 degrees as published.
         decoding: ``parallel`` query tokens, or ``autoregressive`` as published (one pass per future step).
         width: Channels of the 1-D CNN.
+        head_width: Size of the head's hidden layer; null is a single linear layer.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ViewportPrediction(ViewportModel):
         representation: Literal["relative", "absolute"] = "relative",
         decoding: Literal["parallel", "autoregressive"] = "parallel",
         width: int = 128,
+        head_width: int | None = 256,
     ) -> None:
         super().__init__(backbone, optimizer, history, horizon, objective, rotate, mirror, stretch)
         assert self.backbone is not None
@@ -70,16 +72,20 @@ class ViewportPrediction(ViewportModel):
         kernel = 3 if decoding == "parallel" else 1
         self.series = SeriesEncoder(channels, d_model, width, kernel, scale=scale)
         self.image = None if vision is None else ImageEncoder(vision, d_model, picture_tokens, extra=4, scale=scale)
-        self.head = RegressionHead(self.backbone.d_hidden, 3)
+        self.head = RegressionHead(self.backbone.d_hidden, 3, head_width)
         if decoding == "parallel":
-            self.queries = nn.Parameter(torch.randn(horizon, d_model) * scale)
+            self.queries = nn.Parameter(torch.randn(horizon, d_model))
+            self.summary = nn.Linear(d_model, d_model)
+            self.glimpse = None if vision is None else nn.Linear(d_model, d_model)
+            self.norm = TokenNorm(d_model, scale)
 
     def encode(self, batch: Batch) -> Prompt:
         """Lay out history, pictures, and one query token per future step."""
+        assert self.backbone is not None
         angles, last = self.read(batch)
         context = self._context(angles, last, batch)
-        queries = self.queries.expand(angles.shape[0], -1, -1)
-        tokens = join([context, Tokens(queries)])
+        queries = Tokens(self.norm(self.queries + self._summary(context.values)))
+        tokens = join([context, queries])
         length = tokens.values.shape[1]
         answers = torch.arange(length - self.horizon, length, device=angles.device)
         return Prompt(tokens.values, answers, tokens.mask)
@@ -99,8 +105,22 @@ class ViewportPrediction(ViewportModel):
     def _context(self, angles: Tensor, last: Tensor, batch: Batch) -> Tokens:
         parts = [self.series(self._features(angles, last))]
         if self.image is not None:
-            parts.insert(0, self._pictures(batch, last))
+            # Samples that are fed back must follow the history at once: there pictures come first.
+            parts.insert(0 if self.decoding == "autoregressive" else 1, self._pictures(batch, last))
         return join(parts)
+
+    def _summary(self, context: Tensor) -> Tensor:
+        """Sum up the context for the queries: (B, 1, d_model).
+
+        The residual stream brings it to the head at once; the language model refines it, instead of having to learn
+        first where to look.
+        """
+        assert self.backbone is not None
+        summary: Tensor = self.summary(context[:, self.history - 1 : self.history] / self.backbone.token_scale)
+        if self.glimpse is not None:
+            pictures = context[:, self.history :].mean(dim=1, keepdim=True)
+            summary = summary + self.glimpse(pictures / self.backbone.token_scale)
+        return summary
 
     def _features(self, angles: Tensor, last: Tensor, before: Tensor | None = None) -> Tensor:
         """Describe unwrapped samples (B, T, 3) by (B, T, channels) numbers; before (B, 1, 3) precedes the first."""
