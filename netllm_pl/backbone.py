@@ -1,4 +1,4 @@
-"""The frozen language model: any Hugging Face causal LM, GGUF file or random weights, cut, frozen, adapted with LoRA."""
+"""The frozen language model: any Hugging Face causal LM, GGUF file or random weights, with LoRA."""
 
 import hashlib
 import warnings
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from netllm_pl.errors import UserError, unknown
 
 NAMED = ("smollm2-135m",)
-"""Backbones that `python -m netllm_pl fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
+"""Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
 
 ENCODERS = ("t5", "mt5")
 """Encoder-decoders, of which only the encoder is run: it sees all tokens and keeps no cache."""
@@ -29,7 +29,7 @@ LORA_TARGETS: dict[str, list[str]] = {
     "falcon": ["query_key_value"],
     "phi3": ["qkv_proj"],
 }
-"""Attention inputs by architecture; every other architecture names them q_proj and v_proj (Llama, Mistral, Qwen, OPT ...)."""
+"""Attention inputs by architecture; all others name them q_proj and v_proj (Llama, Mistral, Qwen, OPT ...)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LoRA:
     """
 
     rank: int = 32
-    alpha: float | None = None
+    alpha: int | None = None
     dropout: float = 0.05
     targets: list[str] | Literal["all-linear"] | None = None
 
@@ -173,15 +173,15 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
 
 def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
     """Find where the weights lie and read the architecture's configuration."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     source = _source(config)
     overrides = dict(config.config or {})
     if overrides and config.pretrained:
         raise UserError("backbone.config changes the architecture: it needs pretrained: false (use layers to cut)")
-    if source in CONFIG_MAPPING_NAMES and not Path(source).is_dir():
+    if source in CONFIG_MAPPING and not Path(source).is_dir():
         if config.pretrained:
-            raise UserError(f"backbone {source} is an architecture without weights; set pretrained: false or name a model")
+            raise UserError(f"backbone {source} has no weights (an architecture); set pretrained: false or name a model")
         return source, AutoConfig.for_model(source, **overrides)
     try:
         hf = AutoConfig.from_pretrained(source, **overrides)

@@ -145,13 +145,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
     """Build a class from plain arguments, checked against the types of its constructor."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser
 
     from netllm_pl.discovery import find_class
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(find_class(base, name, kind), "it")
-    return parser.instantiate_classes(parser.parse_object({"it": init_args})).it
+    try:
+        return parser.instantiate_classes(parser.parse_object({"it": init_args})).it
+    except (ArgumentError, TypeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the stored settings do not fit {name} of this version: {first}") from error
 
 
 def load_task(path: Path) -> "NetTask":

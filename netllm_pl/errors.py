@@ -20,4 +20,5 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
     names = sorted(known)
     near = get_close_matches(name, names, n=1)
     guess = f" Did you mean '{near[0]}'?" if near else ""
-    return UserError(f"unknown {kind} '{name}'.{guess} Known: {', '.join(names) or 'none'}.{' ' + cure if cure else ''}")
+    listed = ", ".join(names) or "none"
+    return UserError(f"unknown {kind} '{name}'.{guess} Known: {listed}.{' ' + cure if cure else ''}")

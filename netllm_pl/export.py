@@ -1,5 +1,6 @@
 """The adapter to take away: a PEFT folder, the encoder and head, and the configuration."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,15 @@ def load_exported(folder: Path) -> "NetTask":
     config = folder / CONFIG
     if not config.is_file():
         raise UserError(f"{folder} holds no {CONFIG}; give a folder that `python -m netllm_pl export` wrote")
-    stored: dict[str, Any] = yaml.safe_load(config.read_text())
+    stored: dict[str, Any] = _read(config, lambda file: yaml.safe_load(file.read_text()))
+    if not isinstance(stored, dict) or not {"task", "init_args", "frozen"} <= stored.keys():
+        raise UserError(f"{config} is not what `export` wrote; export the checkpoint again")
     task: NetTask = build(NetTask, stored["task"], stored["init_args"], "task")
     adapter = _adapter(task)
-    weights = load_file(folder / ENCODER_HEAD)
+    weights: dict[str, Any] = _read(folder / ENCODER_HEAD, load_file)
     if adapter is not None:
         file = folder / "adapter" / "adapter_model.safetensors"
-        found = load_file(file)
+        found: dict[str, Any] = _read(file, load_file)
         wanted = get_peft_model_state_dict(adapter, save_embedding_layers=False)
         if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
             raise UserError(f"{file} does not fit the adapter that {config} describes")
@@ -64,6 +67,13 @@ def load_exported(folder: Path) -> "NetTask":
     check_identity(task, {KEY: stored, "state_dict": {k: v for k, v in weights.items() if k in trained_names(task)}})
     task.load_state_dict(weights, strict=False)
     return task.eval()
+
+
+def _read(file: Path, reader: Callable[[Path], Any]) -> Any:
+    try:
+        return reader(file)
+    except Exception as error:  # each reader has kinds of its own for missing and broken files
+        raise UserError(f"{file} is missing or broken; export the checkpoint again") from error
 
 
 def _adapter(task: "NetTask") -> Any:

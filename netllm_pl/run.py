@@ -11,11 +11,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
+from netllm_pl.errors import UserError
 from netllm_pl.parsing import LightningParser
 from netllm_pl.paths import atomic
 from netllm_pl.task import NetTask
@@ -78,6 +80,7 @@ class CLI(LightningCLI):
         """Add the run's folder, loggers and callbacks to the trainer."""
         config = self._get(self.config, "trainer")
         self.run_dir = self._folder(config)
+        self._claim_folder()
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
         # No default of the parser: it is an object, which no config.yaml can hold.
@@ -93,13 +96,29 @@ class CLI(LightningCLI):
                 *(self._get(self.config_init, "trainer").get("callbacks") or []),
                 *self._checkpoints(),
             ]
-        return super().instantiate_trainer(**(extra | kwargs))
+        try:
+            return super().instantiate_trainer(**(extra | kwargs))
+        except (ValueError, TypeError) as error:  # what Lightning refuses, such as an unknown accelerator
+            raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
     def _folder(self, trainer: Any) -> Path:
         chosen = self._get(self.config, "run_dir") or trainer.get("default_root_dir")
         if chosen is not None:
             return Path(chosen)
         return Path("runs") / type(self.model).__name__ / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+    def _claim_folder(self) -> None:
+        """Refuse to write a new run over another; keep the metrics of the part that a resumed run goes on from."""
+        if self.subcommand != "fit" or getattr(rank_zero_only, "rank", 0):
+            return
+        if not self._get(self.config, "ckpt_path") and (self.run_dir / "last.ckpt").exists():
+            raise UserError(
+                f"{self.run_dir} holds a run already; give another --run_dir, or go on with it: "
+                f"--ckpt_path {self.run_dir / 'last.ckpt'}"
+            )
+        metrics = self.run_dir / "metrics.csv"
+        if metrics.is_file():
+            metrics.rename(metrics.with_stem(f"metrics-part{len(list(self.run_dir.glob('metrics*.csv')))}"))
 
     def _checkpoints(self) -> list[Callback]:
         task = type(self.model)

@@ -164,8 +164,9 @@ class NetTask(pl.LightningModule, ABC):
 
     def _flush(self) -> None:
         for module in self.modules():
-            if hasattr(module, "flush"):
-                module.flush()
+            flush = getattr(module, "flush", None)
+            if callable(flush):
+                flush()
 
     # Optimiser and checkpoints ----------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Pictures as tokens: a frozen vision transformer whose features are computed once for each picture, then a small reader.
+"""Pictures as tokens: a frozen vision transformer, whose features are computed once a picture, and a small reader.
 
 Shapes: B batch, P pictures, h x w pixels, N patches, F size of a patch feature, K extra numbers per patch, M tokens.
 """
@@ -115,7 +115,8 @@ class FrozenVision(nn.Module):
             (B, P, N, F) float32.
         """
         if ids is None:
-            return self.compute(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).float()
+            fresh: Tensor = self.compute(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2]).float()
+            return fresh
         self._size = self.config.size or (pictures.shape[2], pictures.shape[3])
         self._load_disk()
         flat = ids.flatten().tolist()
@@ -124,7 +125,8 @@ class FrozenVision(nn.Module):
             self._append(list(missing), self.compute(pictures.flatten(0, 1)[list(missing.values())]))
         rows = torch.tensor([self._rows[key] for key in flat], device=pictures.device)
         self._table = self._table.to(pictures.device)
-        return self._table[rows].unflatten(0, pictures.shape[:2]).float()
+        features: Tensor = self._table[rows].unflatten(0, pictures.shape[:2]).float()
+        return features
 
     def flush(self) -> None:
         """Write features that are not on disk yet; each call adds one file, so processes do not disturb each other."""

@@ -1,5 +1,7 @@
 """A time series as tokens: a 1-D convolutional network."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from netllm_pl.encoders.tokens import TokenNorm, Tokens
@@ -32,7 +34,7 @@ class SeriesEncoder(nn.Module):
         sizes = [channels] + [width] * depth
         self.stride = stride
         self.layers = nn.ModuleList(
-            nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in zip(sizes, sizes[1:], strict=False)
+            nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes)
         )
         self.activation = nn.GELU()
         self.last = nn.Conv1d(sizes[-1], d_model, stride, stride=stride)

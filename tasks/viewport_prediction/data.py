@@ -83,7 +83,7 @@ class ViewportPredictionData(NetDataModule):
         step: Samples between two windows of validation and test.
         train_step: The same in training; a small number gives dense windows.
         trim_head: Samples at the start of a trace before the first predicted one.
-        trim_tail: The first predicted sample lies at least that many before the end (published code: 60; its figures: 30).
+        trim_tail: The first predicted sample lies at least that many before the end (published: 60 or 30).
         splits: For each of train, valid, test the videos and users; needed for data given by path.
         pictures: Folder of pictures <video>/<seconds>.png; the generator makes its own.
         picture_offsets: Which pictures a window sees, in seconds relative to its last history sample.
@@ -160,7 +160,8 @@ class ViewportPredictionData(NetDataModule):
             return path
         path = Path(self.source).expanduser()
         if not path.exists():
-            raise unknown("dataset", self.source, ["synthetic", *PUBLISHED_SPLITS], "Or give the path of a file or folder.")
+            known = ["synthetic", *PUBLISHED_SPLITS]
+            raise unknown("dataset", self.source, known, "The path of a file or folder is one too.")
         return path
 
     def _splits(self) -> Splits:

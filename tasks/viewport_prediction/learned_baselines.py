@@ -52,7 +52,8 @@ class ViewportGRU(ViewportModel):
         step = torch.diff(angles, dim=1, prepend=angles[:, :1])
         features = torch.cat([(angles - last) / MOTION, step / 5, angles[..., :2] / 45], dim=-1)
         _, state = self.gru(features)
-        return last + self.out(state[-1]).unflatten(-1, (self.horizon, 3)) * MOTION
+        motion: Tensor = self.out(state[-1]).unflatten(-1, (self.horizon, 3)) * MOTION
+        return last + motion
 
 
 class ViewportTRACK(ViewportModel):
@@ -118,7 +119,7 @@ class ViewportTRACK(ViewportModel):
         return torch.stack(vector, dim=-1)
 
     def _saliency(self, batch: Batch, last: Tensor) -> Tensor:
-        """Contrast to the picture's mean colour, sampled on a grid that is centred on the viewer: (B, rows * columns)."""
+        """Contrast to the picture's mean colour on a grid centred on the viewer: (B, rows * columns)."""
         rows, columns = self.saliency
         if "pictures" not in batch:
             return last.new_zeros(last.shape[0], rows * columns)
