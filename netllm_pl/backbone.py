@@ -2,6 +2,8 @@
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
 
@@ -107,7 +110,7 @@ class Backbone(nn.Module):
             raise UserError("backbone: full and lora exclude each other; set lora: null for a full fine-tune")
         model = _load(config)
         embedding = model.get_input_embeddings()
-        weight = embedding.weight.detach()
+        weight: Tensor = embedding.get_parameter("weight").detach()
         self.d_model = int(weight.shape[1])
         self.d_hidden = int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
         self.token_scale = float(weight.float().square().mean().sqrt())
@@ -157,18 +160,33 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
     attention = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         if config.pretrained:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # cut layers and the LM head are "unexpected" weights: wanted here
+            with _quiet():  # cut layers and the LM head are "unexpected" weights: wanted here
                 model = factory.from_pretrained(source, config=hf, dtype=config.torch_dtype(), **attention)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 # Drawn in float32 so that the same seed gives the same weights for every dtype; cast afterwards.
-                model = factory.from_config(hf, dtype=torch.float32, **attention)
+                from_config: Any = factory.from_config  # untyped there
+                model = from_config(hf, dtype=torch.float32, **attention)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"backbone {config.name}: {_first_line(error)}") from error
     inner: PreTrainedModel = getattr(model, "language_model", model)  # LLaVA and the like: the language model only
     return inner
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers and PEFT from reporting what is meant to be so."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        hf_logging.enable_progress_bar()
 
 
 def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
@@ -181,7 +199,7 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
         raise UserError("backbone.config changes the architecture: it needs pretrained: false (use layers to cut)")
     if source in CONFIG_MAPPING and not Path(source).is_dir():
         if config.pretrained:
-            raise UserError(f"backbone {source} has no weights (an architecture); set pretrained: false or name a model")
+            raise UserError(f"backbone {source} is an architecture without weights; set pretrained: false")
         return source, AutoConfig.for_model(source, **overrides)
     try:
         hf = AutoConfig.from_pretrained(source, **overrides)
@@ -237,13 +255,12 @@ def _adapt(model: PreTrainedModel, lora: LoRA) -> nn.Module:
     alpha = lora.rank if lora.alpha is None else lora.alpha
     settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=targets)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for GPT-2 itself
+        with _quiet():  # PEFT corrects fan_in_fan_out for GPT-2 itself, and asks transformers by an old name
             adapted: nn.Module = get_peft_model(model, settings)
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
         names = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise UserError(f"backbone.lora.targets {targets} fit no layer; linear layers are: {', '.join(names)}") from error
+        raise UserError(f"backbone.lora.targets {targets} fit no layer; there are: {', '.join(names)}") from error
     return adapted
 
 

@@ -103,7 +103,8 @@ def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
     if stored is None:
         raise UserError("the checkpoint was not written by netllm_pl; give one that `fit` wrote")
     if stored["task"] != type(task).__name__:
-        raise UserError(f"the checkpoint is of task {stored['task']}, not {type(task).__name__}; change model.class_path")
+        own = type(task).__name__
+        raise UserError(f"the checkpoint is of task {stored['task']}, not {own}; change model.class_path")
     for name, fingerprint in frozen_fingerprints(task).items():
         if stored["frozen"].get(name) != fingerprint:
             key = name.rsplit(".", 1)[-1]  # image.vision comes from vision

@@ -85,6 +85,8 @@ def print_table(
 ) -> None:
     """Print one row a policy, and below how much better the last policy is than each other on the main metric.
 
+    The main metric has its interval; those of the others are in summary.csv.
+
     Args:
         summary: As `summarise` gives it.
         pairs: As `compare_pairs` gives it.
@@ -102,7 +104,8 @@ def print_table(
         table.add_column(metric.name, justify="right")
     table.add_column(Text(f"better than {policies[0]} by ({main.name})"), justify="right")
     for policy in policies:
-        cells = [_interval(*rows.loc[(policy, metric.name), ["mean", "low", "high"]]) for metric in metrics]
+        cells = [_interval(*rows.loc[(policy, main.name), ["mean", "low", "high"]])]
+        cells += [f"{rows.loc[(policy, metric.name), 'mean']:.3f}" for metric in metrics[1:]]
         gain = rows.loc[(policy, main.name), ["paired_mean", "paired_low", "paired_high"]]
         gained = "" if policy == policies[0] else _interval(*gain)
         table.add_row(*map(Text, (policy, *cells, gained)))  # plain: brackets would be taken for markup

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from netllm_pl.errors import UserError
-from netllm_pl.sources import CLASSES, files_first, find_mistake, known_classes, origin
+from netllm_pl.sources import CLASSES, files_first, find_mistake, fold_nulls, known_classes, origin
 
 LIMIT = 400
 """Characters of a message."""
@@ -32,7 +32,7 @@ class Parser(ArgumentParser):
             UserError: Something in it, or in a file it names, is wrong.
         """
         parser, command = self._chosen(words)
-        options = files_first(words[len(command) :])
+        options = fold_nulls(files_first(words[len(command) :]))
         try:
             return self.parse_args([*command, *options])
         except (argparse.ArgumentError, UserError) as error:

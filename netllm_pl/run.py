@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
@@ -126,8 +126,9 @@ class CLI(LightningCLI):
         best = ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **where)
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where)
         often = self._get(self.config, "save_every")
-        more = [ModelCheckpoint(filename="last", every_n_train_steps=often, **where)] if often else []
-        from callbacks.resume import ExactResume
+        from callbacks.resume import ExactResume, SaveOften
+
+        more = [SaveOften(filename="last", every_n_train_steps=often, **where)] if often else []
 
         return [best, last, *more, ExactResume()]
 
@@ -170,7 +171,7 @@ class _SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
 def run(args: list[str]) -> None:

@@ -43,6 +43,25 @@ def files_first(words: Sequence[str]) -> list[str]:
     return [*files, *rest]
 
 
+def fold_nulls(words: Sequence[str]) -> list[str]:
+    """Write ``--model.backbone.lora null`` as ``--model.init_args.backbone={lora: null}``.
+
+    jsonargparse 4.53 takes the former, inside a dataclass, for the path of a class.
+    """
+    text = [*words]
+    for place, word in enumerate(words):
+        key, _, value = word.partition("=")
+        apart = not value and [*words, ""][place + 1] == "null"
+        parts = [part for part in key.removeprefix("--").split(".") if part != "init_args"]
+        if not word.startswith("--") or parts[0] not in CLASSES or len(parts) < 3 or not (apart or value == "null"):
+            continue
+        inner = ": {".join(parts[2:]) + ": null" + "}" * (len(parts) - 2)
+        text[place] = f"--{parts[0]}.init_args.{parts[1]}={{{inner}"
+        if apart:
+            text[place + 1] = ""
+    return [word for word, old in zip(text, words, strict=True) if word or not old]
+
+
 def read_sources(words: Sequence[str]) -> list[Source]:
     """Read the config files and options of a command line, in the order in which they count.
 

@@ -241,7 +241,7 @@ def _loss(task: NetTask, batch: Batch, optimizer: torch.optim.Optimizer) -> floa
     assert loss.dim() == 0, f"the loss has shape {tuple(loss.shape)}; it must be a scalar"
     assert torch.isfinite(loss), "the loss is not finite"
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    loss.backward()
     optimizer.step()
     return float(loss.detach())
 

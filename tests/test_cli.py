@@ -209,3 +209,27 @@ def test_a_mistake_prints_its_message_and_nothing_else(tmp_path: Path) -> None:
     done = subprocess.run([*run, "--run_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: data.history is 0; it must be at least 1\n"
+
+
+@pytest.mark.parametrize("option", ["backbone.lora", "vision", "optimizer", "backbone.layers"])
+@pytest.mark.parametrize("form", ["--model.init_args.{} null", "--model.{}=null"])
+def test_null_on_the_command_line_is_null(option: str, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "viewport_prediction.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", config, *form.format(option).split(), "--print_config"])
+    assert stop.value.code in (0, None)
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    *above, last = option.split(".")
+    for key in above:
+        settings = settings[key]
+    assert settings[last] is None
+    assert option != "backbone.lora" or settings["name"] == "smollm2-135m"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "llm").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_backbone_file_is_a_backbone(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "viewport_prediction.yaml")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, "--model.init_args.backbone", str(file), "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["backbone"]
+    assert settings.items() >= {k: v for k, v in yaml.safe_load(file.read_text()).items() if k != "lora"}.items()

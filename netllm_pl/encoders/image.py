@@ -19,7 +19,6 @@ from netllm_pl.encoders.tokens import TokenNorm, Tokens
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic, cache_dir
 
-
 SHARPNESS = 4.0
 """Factor on the scores of the attention pooling: heads differ, and so learn, from the start."""
 
@@ -173,7 +172,7 @@ class FrozenVision(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Reads the patch features of pictures into a few tokens by attention pooling (Ilse et al., 2018, arXiv:1802.04712).
+    """Reads the patch features of pictures into a few tokens by attention pooling (Ilse et al., arXiv:1802.04712).
 
     Each of several heads scores all patches with a small network and averages its own slice of their values. Scores
     from a network find a small bright object within a few hundred steps; dot products with learned queries needed

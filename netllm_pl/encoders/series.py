@@ -33,9 +33,7 @@ class SeriesEncoder(nn.Module):
         super().__init__()
         sizes = [channels] + [width] * depth
         self.stride = stride
-        self.layers = nn.ModuleList(
-            nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes))
         self.activation = nn.GELU()
         self.last = nn.Conv1d(sizes[-1], d_model, stride, stride=stride)
         self.norm = TokenNorm(d_model, scale)

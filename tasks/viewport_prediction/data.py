@@ -1,5 +1,6 @@
 """Viewport traces as a data module: published splits and windows, any trace by path, or the built-in generator."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -165,7 +166,8 @@ class ViewportPredictionData(NetDataModule):
         return path
 
     def _splits(self) -> Splits:
-        splits = self.own_splits or PUBLISHED_SPLITS.get(self.source)
+        published: Mapping[str, Any] = PUBLISHED_SPLITS  # a list of numbers is no list of numbers or labels
+        splits: Splits | None = self.own_splits or published.get(self.source)
         if splits is None:
             raise UserError(
                 f"data.splits is missing for {self.source}; say which videos and users are for what, such as "
