@@ -153,7 +153,7 @@ def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(find_class(base, name, kind), "it")
     try:
-        return parser.instantiate_classes(parser.parse_object({"it": init_args})).it
+        return parser.instantiate(parser.parse_object({"it": init_args})).it
     except (ArgumentError, TypeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the stored settings do not fit {name} of this version: {first}") from error

@@ -29,7 +29,7 @@ def evaluate(args: list[str]) -> None:
     for ignored in IGNORED:
         config.pop(ignored)  # else jsonargparse builds every class that they name
     _seed(config.seed_everything)
-    data = parser.instantiate_classes(config).data
+    data = parser.instantiate(config).data
     run(data, [name.strip() for name in config.policies.split(",") if name.strip()], config.out)
 
 

@@ -42,10 +42,10 @@ class Parser(ArgumentParser):
             mistake = find_mistake(options, [action.dest for action in parser._actions])
             raise mistake or UserError(explain(str(error), options)) from error
 
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Namespace:
+    def instantiate(self, *args: Any, **kwargs: Any) -> Namespace:
         """Build the configured classes; what their constructors raise comes out as they raised it."""
         try:
-            built: Namespace = super().instantiate_classes(*args, **kwargs)
+            built: Namespace = super().instantiate(*args, **kwargs)
         except Exception as error:
             cause = _raised(error)
             if cause is error:

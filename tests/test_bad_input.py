@@ -336,4 +336,4 @@ def test_what_a_constructor_raises_comes_out_as_it_is(size: int, kind: type[Exce
     parser.add_argument("--it", type=Picky | None)
     parsed = parser.read(["--it", f"{__name__}.Picky", "--it.size", str(size)])
     with pytest.raises(kind, match=r"^(size is negative; give a positive one|no size)$"):
-        parser.instantiate_classes(parsed)
+        parser.instantiate(parsed)

@@ -49,9 +49,18 @@ def drain(batches: Loader | Batches) -> list[list[int]]:
     return [item if isinstance(item, list) else item["index"].tolist() for item in batches]
 
 
+def stop(*loaders: Loader) -> None:
+    """End the workers, as the trainer does: the garbage collector may wait five seconds for each one."""
+    for one in loaders:
+        if one.num_workers:
+            one._iterator._shutdown_workers()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_covers_each_sample_once_in_full_batches(workers: int) -> None:
-    batches = drain(loader(22, num_workers=workers))
+    source = loader(22, num_workers=workers)
+    batches = drain(source)
+    stop(source)
     assert [len(batch) for batch in batches] == [4] * 5
     seen = flat(batches)
     assert len(set(seen)) == 20 and set(seen) <= set(range(22)) and seen != sorted(seen)
@@ -91,7 +100,9 @@ def test_the_order_depends_on_seed_and_epoch_only() -> None:
 def test_loading_leaves_the_random_state_alone(workers: int) -> None:
     """Else a run that resumes, and so makes its loaders anew, would draw other numbers."""
     state = torch.get_rng_state()
-    drain(loader(num_workers=workers))
+    source = loader(num_workers=workers)
+    drain(source)
+    stop(source)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -106,6 +117,7 @@ def test_a_loader_goes_on_where_it_was(workers: int, consumed: int) -> None:
         next(stream)
     state = first.state_dict()
     list(stream)  # workers that are left in mid-epoch take seconds to stop
+    stop(first)
     assert state == {"epoch": 3, "consumed": consumed}
     second = loader(22, num_workers=workers)
     second.load_state_dict(state)
@@ -115,7 +127,9 @@ def test_a_loader_goes_on_where_it_was(workers: int, consumed: int) -> None:
     assert left == (batches[consumed:] or batches)
     second.sampler.set_epoch(4)
     whole.sampler.set_epoch(4)
-    assert drain(second) == drain(whole) and len(drain(second)) == 5
+    following = drain(second), drain(second)
+    stop(second)
+    assert following[0] == drain(whole) and len(following[1]) == 5
 
 
 def shard(rank: int, size: int, shuffle: bool, world: int = 2, epoch: int = 0) -> Batches:

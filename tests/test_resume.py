@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from netllm_pl.cli import main
+from netllm_pl.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CONFIG: dict[str, Any] = {
@@ -184,6 +185,24 @@ def test_without_the_random_states_a_resumed_run_differs(whole: Path, config: Pa
     torch.save(checkpoint, last)
     resumed = fit(config, config.parent / "forgetful", *OFTEN, "--ckpt_path", str(last))
     assert column(resumed, "train/loss", 3) != column(pd.read_csv(whole / "metrics.csv"), "train/loss", 3)
+
+
+def test_a_fresh_run_does_not_write_over_another(whole: Path, config: Path) -> None:
+    before = {file.name: file.read_bytes() for file in whole.iterdir() if file.is_file()}
+    with pytest.raises(UserError, match=r"whole holds a run already; .*--ckpt_path .*whole/last\.ckpt"):
+        fit(config, whole, *OFTEN)
+    assert {file.name: file.read_bytes() for file in whole.iterdir() if file.is_file()} == before
+
+
+def test_a_resumed_run_keeps_the_metrics_of_its_parts(whole: Path, config: Path) -> None:
+    folder = config.parent / "parts"
+    losses = column(pd.read_csv(whole / "metrics.csv"), "train/loss")
+    last = _stop(config, folder, 3, *OFTEN)
+    _stop(config, folder, 7, *OFTEN, "--ckpt_path", str(last))
+    fit(config, folder, *OFTEN, "--ckpt_path", str(last))
+    files = sorted(file.name for file in folder.glob("metrics*.csv"))
+    assert files == ["metrics-part1.csv", "metrics-part2.csv", "metrics.csv"]
+    assert [loss for name in files for loss in column(pd.read_csv(folder / name), "train/loss")] == losses
 
 
 def test_a_killed_run_goes_on_to_the_same_end(whole: Path, config: Path) -> None:
