@@ -1,0 +1,130 @@
+"""Runs policies in simulated environments: the one loop behind evaluation, experience collection and validation.
+
+Shapes: N episodes side by side, T steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Observations = dict[str, Array]
+
+
+class Environment(Protocol):
+    """A simulator that steps many episodes at once."""
+
+    def reset(self, seeds: Sequence[int]) -> Observations:
+        """Start one episode for each seed; return observations, arrays (N, ...) by name."""
+
+    def step(self, actions: Array) -> tuple[Observations, Array, Array, dict[str, Array]]:
+        """Take one action in every episode that is not over (others are ignored).
+
+        Returns:
+            Observations, rewards (N,), which episodes are over (N,) bool, and what else happened, arrays (N, ...).
+        """
+
+
+class Policy(Protocol):
+    """Chooses actions for many episodes at once.
+
+    A policy whose state must pass from one episode to the next sets ``sequential = True``: its episodes are run one
+    after another, and it is told the last observation by ``finish(observations)`` if it has that method.
+    """
+
+    def reset(self, n: int) -> None:
+        """Begin n episodes."""
+
+    def act(self, observations: Observations) -> Array:
+        """Return an action (N,) for every episode."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What happened in N episodes, time first; rows behind an episode's end are padding.
+
+    Attributes:
+        actions: (T, N).
+        rewards: (T, N).
+        alive: (T, N) bool, True at steps that were taken.
+        info: What else happened at each step, (T, N, ...) by name.
+        observations: What the policy saw before each action, (T, N, ...) by name; empty unless recorded.
+        start: What the environment says of the first state, arrays (N, ...) by name (its attribute ``first``).
+    """
+
+    actions: Array
+    rewards: npt.NDArray[np.float64]
+    alive: npt.NDArray[np.bool_]
+    info: dict[str, Array]
+    observations: Observations
+    start: dict[str, Array]
+
+    @property
+    def returns(self) -> npt.NDArray[np.float64]:
+        """Sum of rewards of each episode (N,)."""
+        total: npt.NDArray[np.float64] = np.where(self.alive, self.rewards, 0.0).sum(0)
+        return total
+
+
+def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool = False) -> Rollout:
+    """Run a policy until all episodes are over.
+
+    Args:
+        env: The simulator.
+        policy: Who acts.
+        seeds: One episode each.
+        record: Keep the observations.
+    """
+    if getattr(policy, "sequential", False) and len(seeds) > 1:
+        return _side_by_side([rollout(env, policy, [seed], record) for seed in seeds])
+    observations = env.reset(seeds)
+    policy.reset(len(seeds))
+    over = np.zeros(len(seeds), dtype=bool)
+    seen: list[Observations] = []
+    steps: list[tuple[Array, Array, Array, dict[str, Array]]] = []
+    while not over.all():
+        actions = np.asarray(policy.act(observations))
+        if record:
+            seen.append(observations)
+        alive = ~over
+        observations, rewards, over, info = env.step(actions)
+        steps.append((actions, rewards, alive, info))
+    if hasattr(policy, "finish"):
+        policy.finish(observations)
+    actions, rewards, alive = (np.stack([step[part] for step in steps]) for part in range(3))  # type: ignore[misc]
+    return Rollout(
+        actions,
+        rewards.astype(np.float64),
+        alive,
+        _stack([step[3] for step in steps]),
+        _stack(seen),
+        dict(getattr(env, "first", {})),
+    )
+
+
+def _stack(steps: list[dict[str, Array]]) -> dict[str, Array]:
+    return {name: np.stack([step[name] for step in steps]) for name in (steps[0] if steps else {})}
+
+
+def _side_by_side(parts: list[Rollout]) -> Rollout:
+    """Put episodes of different lengths side by side, padded behind their ends."""
+    length = max(len(part.actions) for part in parts)
+
+    def join(arrays: list[Array], axis: int = 1) -> Array:
+        padded = [np.pad(a, [(0, length - len(a))] + [(0, 0)] * (a.ndim - 1)) if axis else a for a in arrays]
+        return np.concatenate(padded, axis=axis)
+
+    def join_all(tables: list[dict[str, Array]], axis: int = 1) -> dict[str, Array]:
+        return {name: join([table[name] for table in tables], axis) for name in tables[0]}
+
+    return Rollout(
+        join([part.actions for part in parts]),
+        join([part.rewards for part in parts]),
+        join([part.alive for part in parts]),
+        join_all([part.info for part in parts]),
+        join_all([part.observations for part in parts]),
+        join_all([part.start for part in parts], axis=0),
+    )
