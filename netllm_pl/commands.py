@@ -22,6 +22,7 @@ def evaluate(args: list[str]) -> None:
     parser.add_subclass_arguments(NetDataModule, "data", required=True)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for summary.csv and episodes.parquet")
+    parser.add_argument("--steps", action="store_true", help="also write steps.parquet, one row a step")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
     for ignored in IGNORED:
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
@@ -30,7 +31,8 @@ def evaluate(args: list[str]) -> None:
         config.pop(ignored)  # else jsonargparse builds every class that they name
     _seed(config.seed_everything)
     data = parser.instantiate(config).data
-    run(data, [name.strip() for name in config.policies.split(",") if name.strip()], config.out)
+    policies = [name.strip() for name in config.policies.split(",") if name.strip()]
+    run(data, policies, config.out, steps=config.steps)
 
 
 def export(args: list[str]) -> None:

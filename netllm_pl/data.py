@@ -1,7 +1,7 @@
 """Data modules: splits, one loader factory, and how a policy is run over the test split."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.rollout import Environment, Rollout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,12 +128,22 @@ class NetDataModule(pl.LightningDataModule, ABC):
         """Return the data set of a split (train, valid, test), checked and not empty."""
 
     @abstractmethod
-    def episodes(self, policy: Any) -> "pd.DataFrame":
-        """Run a policy over the test split.
+    def episodes(self, policy: Any, split: str = "test") -> "pd.DataFrame":
+        """Run a policy over a split.
 
         Returns:
             One row an episode or window: ids, `cluster` (int, what the bootstrap resamples) and the metrics' columns.
         """
+
+    def tables(self, policy: Any, steps: bool = False) -> "dict[str, pd.DataFrame]":
+        """Run a policy over the test split; a task whose episodes have steps overrides this.
+
+        Returns:
+            `episodes`, and `steps` (ids and what happened, one row a step) if they are asked for.
+        """
+        if steps:
+            raise UserError(f"{type(self).__name__} has no steps, only whole predictions; leave out --steps")
+        return {"episodes": self.episodes(policy)}
 
     def policy(self, name: str) -> Any:
         """Build a policy from its name: a baseline, a checkpoint's path, or an exported folder."""
@@ -144,6 +155,28 @@ class NetDataModule(pl.LightningDataModule, ABC):
 
             return load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
         raise unknown("policy", name, self.baselines, "The path of a checkpoint or of an exported folder is one too.")
+
+    def simulator(self, split: str, mode: str = "fixed") -> Environment:
+        """Return the simulator of a split; decision tasks override this.
+
+        Args:
+            split: Whose episodes.
+            mode: ``fixed`` runs the split's own episodes in order, ``random`` draws them.
+        """
+        raise UserError(f"{type(self).__name__} has no simulator: only decision tasks act and collect experience")
+
+    def label(self, env: Environment, values: str) -> Environment:
+        """Wrap a simulator so that ``info["values"]`` of each step holds the values (N, A) of all actions before it.
+
+        Args:
+            env: What `simulator` returned.
+            values: Which kind of values, such as ``hindsight``.
+        """
+        raise UserError(f"{type(self).__name__} knows no action values '{values}'; leave out --values")
+
+    def convert(self, file: Path) -> Iterable[Rollout]:
+        """Read the episodes of a pool that another program published, with observations as `simulator` gives them."""
+        raise UserError(f"{type(self).__name__} reads no published pools; {file} cannot be converted")
 
     def loader(self, split: str) -> Loader:
         """Make the loader of a split: the one factory behind all of them."""

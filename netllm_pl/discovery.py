@@ -1,10 +1,11 @@
-"""Finds the tasks: every package below `tasks`, imported so that its classes can be named in a config."""
+"""Finds tasks and callbacks: what lies below `tasks` and `callbacks`, imported so that configs can name its classes."""
 
 import importlib
 import inspect
 import pkgutil
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 from netllm_pl.errors import UserError, unknown
@@ -14,20 +15,24 @@ T = TypeVar("T")
 
 @cache
 def discover() -> tuple[str, ...]:
-    """Import every `tasks.*` package and return their names.
+    """Import everything below `tasks` and `callbacks` and return its names.
 
     Raises:
-        UserError: if another package called `tasks` shadows the one beside netllm_pl.
+        UserError: if another package of that name shadows the one beside netllm_pl.
     """
-    tasks = importlib.import_module("tasks")
-    beside = Path(__file__).resolve().parent.parent / "tasks"
-    found = [Path(place).resolve() for place in tasks.__path__]
+    return (*_import_all(importlib.import_module("tasks")), *_import_all(importlib.import_module("callbacks")))
+
+
+def _import_all(parent: ModuleType) -> list[str]:
+    package = parent.__name__
+    beside = Path(__file__).resolve().parent.parent / package
+    found = [Path(place).resolve() for place in parent.__path__]
     if found != [beside]:
-        raise UserError(f"the package 'tasks' at {found[0]} shadows {beside}; run elsewhere or rename that package")
-    names = [f"tasks.{module.name}" for module in pkgutil.iter_modules(tasks.__path__)]
+        raise UserError(f"the package '{package}' at {found[0]} shadows {beside}; run elsewhere or rename that package")
+    names = [f"{package}.{module.name}" for module in pkgutil.iter_modules(parent.__path__)]
     for name in names:
         importlib.import_module(name)
-    return tuple(names)
+    return names
 
 
 def concrete_subclasses(base: type[T]) -> dict[str, type[T]]:

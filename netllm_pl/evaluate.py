@@ -28,11 +28,18 @@ class Evaluable(Protocol):
     def policy(self, name: str) -> Any:
         """The policy of a name; an unknown name is a `UserError`."""
 
-    def episodes(self, policy: Any) -> pd.DataFrame:
-        """Run a policy over the test split: one row an episode or window, with ``cluster`` and the metrics' columns."""
+    def tables(self, policy: Any, steps: bool = False) -> dict[str, pd.DataFrame]:
+        """Run a policy over the test split.
+
+        Returns:
+            ``episodes``, one row an episode or window, with ``cluster`` and the metrics' columns; and ``steps``, one
+            row a step, if they are asked for.
+        """
 
 
-def run(data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def run(
+    data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 2000, seed: int = 0, steps: bool = False
+) -> pd.DataFrame:
     """Run policies on the same episodes, write the results, print the table and where they lie.
 
     Args:
@@ -41,6 +48,7 @@ def run(data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 20
         out: Folder for summary.csv, paired.csv and episodes.parquet.
         resamples: Bootstrap resamples behind the intervals.
         seed: Seed of the resamples.
+        steps: Also write steps.parquet.
 
     Returns:
         The summary, as `summarise` gives it.
@@ -51,29 +59,32 @@ def run(data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 20
     for name in policies:
         if not Path(name).exists():
             data.policy(name)  # a misspelt name fails before the first policy runs
-    frames = []
+    parts = []
     for name in policies:
         with status(f"running {name}"):
             # loaded when its turn comes: several large backbones would not fit side by side
-            frames.append(data.episodes(data.policy(name)).assign(policy=name))
-    frame = pd.concat(frames, ignore_index=True)
+            tables = data.tables(data.policy(name), steps)
+            parts.append({key: table.assign(policy=name) for key, table in tables.items()})
+    joined = {key: pd.concat([part[key] for part in parts], ignore_index=True) for key in parts[0]}
+    frame = joined["episodes"]
     summary = summarise(frame, data.metrics, policies, resamples, seed)
     pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
-    write_results(out, summary, pairs, frame)
+    write_results(out, summary, pairs, joined)
     print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]")
-    print(f"wrote summary.csv, paired.csv and episodes.parquet in {out}")
+    print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in joined)])} in {out}")
     return summary
 
 
-def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, frame: pd.DataFrame) -> None:
-    """Write summary.csv, paired.csv and episodes.parquet (policy first, measurements as float64) into a folder."""
-    episodes = frame.astype({name: "float64" for name in frame.select_dtypes("floating").columns})
-    episodes = episodes.astype({"policy": "string"})[["policy", *episodes.columns.drop("policy")]]
+def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
+    """Write summary.csv, paired.csv and the tables as Parquet (policy first, measurements as float64) into a folder."""
     for name, table in (("summary.csv", summary), ("paired.csv", pairs)):
         with atomic(out / name) as temporary:
             table.to_csv(temporary, index=False)
-    with atomic(out / "episodes.parquet") as temporary:
-        episodes.to_parquet(temporary, index=False)
+    for key, frame in tables.items():
+        rows = frame.astype({name: "float64" for name in frame.select_dtypes("floating").columns})
+        rows = rows.astype({"policy": "string"})[["policy", *rows.columns.drop("policy")]]
+        with atomic(out / f"{key}.parquet") as temporary:
+            rows.to_parquet(temporary, index=False)
 
 
 def print_table(

@@ -148,8 +148,17 @@ class Data:
             raise UserError(f"unknown policy '{name}'")
         return {"static": 0.0, "[linear]": 1.0}[name]
 
-    def episodes(self, policy: float) -> pd.DataFrame:
-        return episodes(0, {"": policy}).drop(columns="policy").astype({"error": "float32"})
+    def tables(self, policy: float, steps: bool = False) -> dict[str, pd.DataFrame]:
+        frame = episodes(0, {"": policy}).drop(columns="policy").astype({"error": "float32"})
+        return {"episodes": frame} | ({"steps": frame.assign(step=1)} if steps else {})
+
+
+def test_run_writes_the_steps_if_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Data(), ["[linear]", "static"], tmp_path, steps=True)
+    steps, table = (pd.read_parquet(tmp_path / name) for name in ("steps.parquet", "episodes.parquet"))
+    assert steps.columns[0] == "policy" and list(steps["policy"].unique()) == ["[linear]", "static"]
+    assert len(steps) == len(table) and steps["error"].dtype == np.float64
+    assert "steps.parquet" in capsys.readouterr().out
 
 
 def test_run_writes_three_files_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +181,7 @@ def test_policies_are_named_once(names: list[str], tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_stops_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Data, "episodes", lambda *_: pytest.fail("a policy ran"))
+    monkeypatch.setattr(Data, "tables", lambda *_: pytest.fail("a policy ran"))
     with pytest.raises(UserError, match="unknown policy 'statc'"):
         run(Data(), ["static", "statc"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

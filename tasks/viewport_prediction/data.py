@@ -204,9 +204,9 @@ class ViewportPredictionData(NetDataModule):
             policy.fit(*gather(train.traces, train.windows, rows, self.history, self.horizon))
         return policy
 
-    def episodes(self, policy: Any) -> pd.DataFrame:
-        """Run a policy over the test windows: one row a window, clustered by trace (video and user)."""
-        data = self.dataset("test")
+    def episodes(self, policy: Any, split: str = "test") -> pd.DataFrame:
+        """Run a policy over the windows of a split: one row a window, clustered by trace (video and user)."""
+        data = self.dataset(split)
         parts = []
         for start in range(0, len(data), self.eval_batch_size):
             batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
