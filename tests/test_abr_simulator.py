@@ -1,5 +1,6 @@
 """The streaming simulator: equal to the published program's logs, to plain Python, and to what must be conserved."""
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from plain_streaming import PlainSession, plain_session
 
+from netllm_pl.errors import UserError
 from tasks.adaptive_bitrate.environment import AdaptiveBitrateEnv
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
@@ -29,6 +31,7 @@ RULES = {
     "network": Rules(rtt_s=0.4, payload=0.5),
     "weights": Rules(rebuffer_weight=1.0, smoothness_weight=2.5),
     "noise and scale": Rules(noise=(0.5, 2.0), scale=0.5),
+    "one factor": Rules(noise=(1.25, 1.25)),
 }
 VIDEOS = {
     "six levels": generated_video(3),
@@ -231,10 +234,26 @@ def test_video_lengths() -> None:
         assert ours["chunks_left"][:, 0].tolist() == list(range(expected - 1, -1, -1))
 
 
-@pytest.mark.parametrize("change", [{"first_level": 6}, {"first_level": -1}, {"chunks": 1}])
-def test_impossible_rules(traces: Traces, change: dict[str, int]) -> None:
-    with pytest.raises(ValueError):
-        Simulator(traces, generated_video(), replace(Rules(), **change))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunks": 1}, "rules.chunks is 1; expected 2 or more, or null"),
+        ({"first_level": -1}, "rules.first_level is -1; expected 0 or more"),
+        ({"first_level": 6}, "rules.first_level is 6; video generated has levels 0 to 5"),
+        ({"buffer_limit_s": -1.0}, "rules.buffer_limit_s is -1.0"),
+        ({"drain_s": 0.0}, "rules.drain_s is 0.0; expected seconds above 0"),
+        ({"rtt_s": float("nan")}, "rules.rtt_s is nan"),
+        ({"payload": 0.0}, "rules.payload is 0.0; expected a share above 0, up to 1"),
+        ({"rebuffer_weight": float("inf")}, "rules.rebuffer_weight is inf"),
+        ({"smoothness_weight": float("nan")}, "rules.smoothness_weight is nan"),
+        ({"noise": (1.1, 0.9)}, "rules.noise is (1.1, 0.9); expected two ascending factors above 0"),
+        ({"noise": (0.0, 1.0)}, "rules.noise is (0.0, 1.0)"),
+        ({"scale": -0.1}, "rules.scale is -0.1"),
+    ],
+)
+def test_impossible_rules(traces: Traces, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        Simulator(traces, generated_video(), Rules(**change))
 
 
 def test_wrong_steps_are_refused(traces: Traces) -> None:
