@@ -4,6 +4,7 @@ Each raises AssertionError with a sentence that says what is broken. Shapes: B b
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,11 @@ from netllm_pl.checkpoint import KEY, AtomicCheckpointIO, check_identity, load_t
 from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.errors import UserError
 from netllm_pl.export import export
+from netllm_pl.rollout import Array, Environment, Observations
 from netllm_pl.task import NetTask
+
+Act = Callable[[Observations], Array]
+Rows = Sequence[int]
 
 STEPS = 4
 """Optimiser steps after which every trainable weight must have had a gradient: heads and adapters may start at zero."""
@@ -66,7 +71,8 @@ def check_task(task_class: type[NetTask], data: NetDataModule, **init_args: Any)
 
     Predictions are finite and do not depend on the rest of the batch; the loss is finite, falls, and moves every
     trainable weight and no frozen one; checkpoints and exports hold what learns and nothing else, load back to equal
-    predictions, and refuse another backbone; the monitored metric is logged.
+    predictions, and refuse another backbone; the monitored metric is logged. A task that learns by playing (it has no
+    automatic optimisation) is checked by `check_player` instead.
 
     Args:
         task_class: The task or learned baseline.
@@ -77,6 +83,8 @@ def check_task(task_class: type[NetTask], data: NetDataModule, **init_args: Any)
         init_args = {"backbone": tiny_backbone(), **init_args}
     pl.seed_everything(0, verbose=False)
     task = task_class(**init_args)
+    if not task.automatic_optimization:
+        return check_player(task, data)
     batch = _first(data)
     check_predictions(task, batch)
     check_gradients(task, batch)
@@ -87,6 +95,24 @@ def check_task(task_class: type[NetTask], data: NetDataModule, **init_args: Any)
         _check_export(task, batch, checkpoint, Path(folder) / "exported")
         if task.backbone is not None:
             _check_refusal(task_class, init_args, checkpoint)
+
+
+def check_player(task: NetTask, data: NetDataModule) -> None:
+    """Check a task that learns by playing: two steps move every trainable weight and log what they must.
+
+    Its checkpoints and exports hold what learns and play the same episodes.
+    """
+    before = {name: p.detach().clone() for name, p in task.named_parameters() if p.requires_grad}
+    with TemporaryDirectory() as folder:
+        checkpoint = check_logging(task, data, Path(folder))
+        stuck = [name for name, p in task.named_parameters() if name in before and torch.equal(before[name], p)]
+        assert before and not stuck, f"the trainable weight {min(stuck, default='(none)')} did not change in training"
+        _check_weights(task, read_checkpoint(checkpoint))
+        exported = export(checkpoint, Path(folder) / "exported")
+        played = data.episodes(task)
+        for source in (checkpoint, exported):
+            same = played.equals(data.episodes(load_task(source)))
+            assert same, f"what is loaded from {source.name} plays other episodes than the task it was saved from"
 
 
 def check_predictions(task: NetTask, batch: Batch) -> None:
@@ -183,16 +209,91 @@ def check_policy(data: NetDataModule, name: str) -> None:
         assert len(frame) == count, f"policy '{name}': {len(frame)} rows for the {count} windows of the test split"
 
 
+def check_environment(env: Environment, seeds: Sequence[int], act: Act | None = None, limit: int = 10_000) -> None:
+    """Check what every simulator promises.
+
+    Episodes repeat with their seeds; a batch of them gives what each alone gives; names, shapes and types of
+    observations stay as they are; arrays that were handed out do not change later; rewards are finite; an episode ends
+    and stays over.
+
+    Args:
+        env: The simulator.
+        seeds: Episodes to run, at least two.
+        act: Chooses actions (N,) from observations, for each episode from its own row alone; null always takes 0.
+        limit: Steps in which all episodes must end.
+    """
+    assert len(seeds) >= 2, f"give at least 2 seeds, not {len(seeds)}"
+    act = act or (lambda observations: np.zeros(len(next(iter(observations.values()))), dtype=np.int64))
+    together, again = (_run(env, seeds, act, limit) for _ in range(2))
+    _check_steps(together, len(seeds))
+    every = range(len(seeds))
+    difference = _differs(together, again, every, every)
+    assert not difference, f"{difference} differs when the same episodes are run again"
+    for place, seed in enumerate(seeds):
+        difference = _differs(_run(env, [seed], act, limit), together, [0], [place])
+        assert not difference, f"{difference} of seed {seed} differs when the episode is run alone"
+
+
+def _run(env: Environment, seeds: Sequence[int], act: Act, limit: int) -> list[dict[str, Array]]:
+    """Run episodes; return a record for each step: ``alive``, observations, ``reward``, ``over``, and ``info/...``."""
+    observations = env.reset(list(seeds))
+    steps, kept = [], []
+    over = np.zeros(len(seeds), dtype=bool)
+    while not over.all():
+        assert len(steps) < limit, f"after {limit} steps {int((~over).sum())} episodes are not over"
+        record = {"alive": ~over} | {f"observation {name}": value for name, value in observations.items()}
+        kept.append((observations, {name: value.copy() for name, value in observations.items()}))
+        observations, rewards, now, info = env.step(act(observations))
+        assert not (over & ~now).any(), f"an episode was over and goes on at step {len(steps)}"
+        over = now
+        record |= {"reward": rewards, "over": over} | {f"info {name}": value for name, value in info.items()}
+        steps.append(record)
+    for given, copy in kept:
+        changed = [name for name in copy if not np.array_equal(given[name], copy[name])]
+        assert not changed, f"the observation {changed[0]} changed after it was handed out"
+    return steps
+
+
+def _check_steps(steps: list[dict[str, Array]], n: int) -> None:
+    """Check names, shapes and types against those of the first step, and that rewards are finite."""
+    first = steps[0]
+    for number, step in enumerate(steps):
+        assert step.keys() == first.keys(), f"step {number} has other names: {min(step.keys() ^ first.keys())}"
+        for name, value in step.items():
+            assert value.shape[:1] == (n,), f"{name} has shape {value.shape} for {n} episodes"
+            same = value.shape == first[name].shape and value.dtype == first[name].dtype
+            assert same, f"{name} is {value.dtype} {value.shape} at step {number}, at first {first[name].dtype}"
+        assert np.isfinite(step["reward"][step["alive"]]).all(), f"a reward is not finite at step {number}"
+        assert step["over"].dtype == np.bool_, f"over is {step['over'].dtype}, not bool"
+
+
+def _differs(steps: list[dict[str, Array]], others: list[dict[str, Array]], own: Rows, other: Rows) -> str:
+    """Name what differs between some episodes of two runs while they are alive; empty if nothing does."""
+    alive = [[step["alive"][list(rows)] for step in run] for run, rows in ((steps, own), (others, other))]
+    if not np.array_equal(np.sum(alive[0], axis=0), np.sum(alive[1], axis=0)):
+        return "the number of steps"
+    for step, reference, living in zip(steps, others, alive[0], strict=False):
+        for name in step:
+            a, b = step[name][list(own)][living], reference[name][list(other)][living]
+            if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+                return name
+    return ""
+
+
 def _check_checkpoint(task: NetTask, batch: Batch, path: Path) -> None:
     """Check that a checkpoint holds what learns and nothing else, and gives the same task back."""
-    stored = read_checkpoint(path)
+    _check_weights(task, read_checkpoint(path))
+    _same(task, load_task(path), batch, "a checkpoint")
+
+
+def _check_weights(task: NetTask, stored: dict[str, Any]) -> None:
+    """Check that a checkpoint holds what learns and nothing else."""
     held, wanted = set(stored["state_dict"]), trained_names(task)
     assert held == wanted, f"the checkpoint's weights are not the trainable ones: {min(held ^ wanted)} differs"
     parameters = dict(task.named_parameters())
     frozen = [name for name in held if name in parameters and not parameters[name].requires_grad]
     assert not frozen, f"the checkpoint holds the frozen weight {frozen[0]}"
     assert stored[KEY]["task"] == type(task).__name__, "the checkpoint names another task"
-    _same(task, load_task(path), batch, "a checkpoint")
 
 
 def _check_export(task: NetTask, batch: Batch, checkpoint: Path, folder: Path) -> None:
