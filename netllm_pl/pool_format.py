@@ -1,0 +1,296 @@
+"""What an experience pool is on disk, and how one is written.
+
+A pool is a folder of
+  part-00000.parquet ...  one row a step, episodes one behind the other, in order
+  episodes.parquet        one row an episode: episode, policy, seed (-1: unknown), steps, return
+  manifest.json           format, task, columns, statistics, how it was made, size and SHA-256 of the other files
+
+Columns of a step are `FIXED`, the observations under their own names, and ``values`` if all actions have values.
+Arrays of a fixed shape are stored flat, as fixed-size lists. Observations that differ in length from step to step (the
+nodes of a graph) are large lists: an array (n, ...) is stored flat, and its shape in the manifest begins with null.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, is_dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from netllm_pl import __version__
+from netllm_pl.errors import UserError
+from netllm_pl.paths import atomic_folder
+from netllm_pl.rollout import Array, Rollout
+
+FORMAT, VERSION = "netllm_pl experience pool", 1
+MANIFEST, EPISODES = "manifest.json", "episodes.parquet"
+SHARD_BYTES = 64 * 1024**2
+"""Uncompressed size of a shard: what reading and writing hold in memory."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Type of one column.
+
+    Attributes:
+        dtype: Numpy's name of the elements' type.
+        shape: Of one step's value; () for a number, None in first place where the length differs between steps.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+
+    @classmethod
+    def of(cls, values: Array) -> "Column":
+        """Type that holds the values (rows, ...) of a rollout: floats become float32, the rest stays as it is."""
+        if values.dtype == object:  # arrays of different lengths
+            return cls(_stored(values[0].dtype), (None, *values[0].shape[1:]))
+        return cls(_stored(values.dtype), values.shape[1:])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the length differs between steps."""
+        return bool(self.shape) and self.shape[0] is None
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The fixed part of the shape."""
+        return tuple(size for size in self.shape if size is not None)
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """Type of the elements in the files: bits are bytes there."""
+        return np.dtype("uint8" if self.dtype == "bool" else self.dtype)
+
+    @property
+    def arrow(self) -> pa.DataType:
+        """Type in the files."""
+        element = pa.from_numpy_dtype(self.stored)
+        if self.ragged:
+            return pa.large_list(element)
+        return pa.list_(element, prod(self.inner)) if self.shape else element
+
+    def pack(self, values: Array) -> pa.Array:
+        """Turn values (rows, ...), or an object array of arrays (n, ...), into a column of a file."""
+        parts = values if self.ragged else [values]
+        if any(part.shape[1:] != self.inner for part in parts):
+            raise ValueError(f"arrays of different shapes in one column; its first was {self.shape}")
+        if self.ragged:
+            flat = np.concatenate([np.asarray(value).reshape(-1) for value in values])
+            lengths = [np.size(value) for value in values]
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+            return pa.LargeListArray.from_arrays(offsets, self._elements(flat))
+        elements = self._elements(np.ascontiguousarray(values).reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(elements, prod(self.inner)) if self.shape else elements
+
+    def _elements(self, flat: Array) -> pa.Array:
+        flat = flat.astype(self.dtype, copy=False)
+        return pa.array(flat.view(np.uint8) if self.dtype == "bool" else flat)
+
+
+FIXED = {
+    "episode": Column("int64"),
+    "step": Column("int32"),
+    "action": Column("int32"),
+    "reward": Column("float64"),
+    "return_to_go": Column("float64"),
+}
+"""Columns of every pool; an action may have a shape. A return to go is the sum of rewards from here to the end."""
+
+EPISODE_COLUMNS = {
+    "episode": pa.int64(),
+    "policy": pa.string(),
+    "seed": pa.int64(),
+    "steps": pa.int64(),
+    "return": pa.float64(),
+}
+
+
+def _stored(dtype: np.dtype[Any]) -> str:
+    if dtype.kind == "f":
+        return "float32"
+    if dtype.kind in "iub":
+        return dtype.name
+    raise TypeError(f"an experience pool holds numbers, not {dtype}")
+
+
+class PoolWriter:
+    """Writes a pool, as a context manager: under a temporary name, which is renamed when the pool is whole.
+
+    Args:
+        folder: The folder to make.
+        task: Class name of the data module that the pool belongs to.
+        made_by: How it was made: what JSON can hold, and dataclasses.
+        keep_existing: Whether a folder of that name that appears meanwhile is kept in place of this one; otherwise it
+            is an error, as is one that exists at the start.
+
+    Raises:
+        UserError: The folder exists, or nothing was added.
+    """
+
+    def __init__(
+        self, folder: Path, task: str, made_by: Mapping[str, Any] | None = None, keep_existing: bool = False
+    ) -> None:
+        self.folder, self.task, self.keep_existing = Path(folder), task, keep_existing
+        self.made_by = dict(made_by or {})
+        self.columns: dict[str, Column] = {}
+        self._stack = ExitStack()
+        self._waiting: list[pa.Table] = []
+        self._shards: list[dict[str, Any]] = []
+        self._episodes: dict[str, list[Array]] = {"policy": [], "seed": [], "steps": [], "return": []}
+        self._count = 0
+        self._refuse_existing()
+
+    def __enter__(self) -> Self:
+        """Make the temporary folder."""
+        self._temporary = self._stack.enter_context(atomic_folder(self.folder))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write what is left and the manifest, and rename; remove all after an error."""
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._finish()
+
+    def add(self, rollout: Rollout, policy: str, seeds: Sequence[int] | Array | None = None) -> None:
+        """Append the episodes of a rollout.
+
+        Args:
+            rollout: N episodes with recorded observations. An observation ``reward`` (of the last action) is left out,
+                as the row before holds it; ``info["values"]`` (T, N, A) is kept as ``values``.
+            policy: Who acted.
+            seeds: (N,) what the episodes were drawn from.
+
+        Raises:
+            UserError: A reward or observation is not finite.
+        """
+        alive = rollout.alive.T
+        steps = alive.sum(1)
+        if not rollout.observations or steps.size == 0 or (steps == 0).any():
+            raise ValueError("a pool holds episodes with steps and recorded observations: rollout(..., record=True)")
+        rewards = np.where(alive, rollout.rewards.T, 0.0)
+        to_go = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1]
+        seen = {name: column for name, column in rollout.observations.items() if name != "reward"}
+        if "values" in rollout.info:
+            seen["values"] = rollout.info["values"]
+        clash = sorted(set(seen) & set(FIXED))
+        if clash:
+            raise ValueError(f"observations may not be called {', '.join(clash)}")
+        rows = {name: column.swapaxes(0, 1)[alive] for name, column in (seen | {"action": rollout.actions}).items()}
+        episodes = np.arange(self._count, self._count + len(steps))
+        rows |= {"reward": rewards[alive], "return_to_go": to_go[alive]}
+        rows |= {"episode": np.repeat(episodes, steps), "step": np.nonzero(alive)[1]}
+        self._check(rows, policy)
+        self._append(rows)
+        self._count += len(steps)
+        about = {"policy": [policy] * len(steps), "seed": [-1] * len(steps) if seeds is None else seeds}
+        for name, values in (about | {"steps": steps, "return": to_go[:, 0]}).items():
+            self._episodes[name].append(np.asarray(values))
+
+    def _check(self, rows: dict[str, Array], policy: str) -> None:
+        for name, values in rows.items():
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                bad = int(rows["episode"][np.nonzero(~np.isfinite(values))[0][0]]) - self._count
+                raise UserError(f"'{name}' is not finite in episode {bad} of this rollout of {policy}; check the data")
+        if not self.columns:
+            fixed = FIXED | {"action": Column("int32", rows["action"].shape[1:])}
+            self.columns = fixed | {name: Column.of(rows[name]) for name in rows if name not in fixed}
+        if set(rows) != set(self.columns):
+            raise ValueError(f"columns {sorted(rows)} differ from the first rollout's {sorted(self.columns)}")
+        for name in set(rows) - set(FIXED):
+            if Column.of(rows[name]) != self.columns[name]:
+                raise ValueError(f"'{name}' is {Column.of(rows[name])}, in the first rollout {self.columns[name]}")
+
+    def _append(self, rows: dict[str, Array]) -> None:
+        """Put rows behind those that wait, and write whole shards."""
+        packed = {name: column.pack(rows[name]) for name, column in self.columns.items()}
+        self._waiting.append(pa.table(packed, schema=schema(self.columns)))
+        while sum(table.nbytes for table in self._waiting) >= SHARD_BYTES:
+            table = pa.concat_tables(self._waiting)
+            size = max(1, int(len(table) * SHARD_BYTES / table.nbytes))
+            self._write(table.slice(0, size))
+            self._waiting = [table.slice(size)]
+
+    def _write(self, table: pa.Table) -> None:
+        name = f"part-{len(self._shards):05d}.parquet"
+        pq.write_table(table, self._temporary / name, row_group_size=len(table), compression="zstd")
+        self._shards.append({**_identity(self._temporary / name), "steps": len(table)})
+
+    def _finish(self) -> None:
+        if not self._count:
+            raise UserError(f"no episodes for {self.folder}; an empty experience pool is not written")
+        left = pa.concat_tables(self._waiting)
+        if len(left):
+            self._write(left)
+        episodes = {name: np.concatenate(parts) for name, parts in self._episodes.items()}
+        table = {"episode": np.arange(self._count), **episodes}
+        pq.write_table(pa.table(table, schema=pa.schema(EPISODE_COLUMNS)), self._temporary / EPISODES)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "task": self.task,
+            "episodes": self._count,
+            "steps": int(episodes["steps"].sum()),
+            "return": _statistics(episodes["return"]),
+            "policies": {
+                str(name): {
+                    "episodes": int((episodes["policy"] == name).sum()),
+                    "steps": int(episodes["steps"][episodes["policy"] == name].sum()),
+                    "return": _statistics(episodes["return"][episodes["policy"] == name]),
+                }
+                for name in dict.fromkeys(episodes["policy"])
+            },
+            "columns": {name: asdict(column) for name, column in self.columns.items()},
+            "made_by": {"netllm_pl": __version__, **self.made_by},
+            "episode_table": _identity(self._temporary / EPISODES),
+            "shards": self._shards,
+        }
+        (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, default=_plain) + "\n")
+        self._refuse_existing()
+
+    def _refuse_existing(self) -> None:
+        if self.folder.exists() and not self.keep_existing:
+            raise UserError(f"{self.folder} exists; choose another folder for the pool, or remove it")
+
+
+def schema(columns: Mapping[str, Column]) -> pa.Schema:
+    """Schema of the shards."""
+    return pa.schema([(name, column.arrow) for name, column in columns.items()])
+
+
+def columns_of(manifest: Mapping[str, Any]) -> dict[str, Column]:
+    """Columns of a pool's steps."""
+    return {name: Column(told["dtype"], tuple(told["shape"])) for name, told in manifest["columns"].items()}
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    return {"file": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def _statistics(returns: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {"min": float(returns.min()), "mean": float(returns.mean()), "max": float(returns.max())}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold in place of a value."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
