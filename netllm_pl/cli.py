@@ -13,8 +13,9 @@ train and run, configured by YAML and --key value
   validate   metrics of a checkpoint on the validation split
   test       metrics of a checkpoint on the test split
   predict    write the predictions of a checkpoint on the test split
-compare and take away
+compare, collect and take away
   evaluate   run baselines and checkpoints on the same test windows or episodes; one table with intervals
+  collect    run policies in a task's simulator and write an experience pool, or convert a published one
   export     write a checkpoint as a PEFT adapter folder, encoder and head
   fetch      bring a public data set or the small default language model
 
@@ -36,7 +37,7 @@ def _own(command: str, args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
-    **dict.fromkeys(("evaluate", "export", "fetch"), _own),
+    **dict.fromkeys(("evaluate", "collect", "export", "fetch"), _own),
 }
 
 

@@ -15,7 +15,10 @@ Observations = dict[str, Array]
 
 
 class Environment(Protocol):
-    """A simulator that steps many episodes at once."""
+    """A simulator that steps many episodes at once.
+
+    For exploration it may have ``sample(observations, rng)``: possible actions (N,), all with the same probability.
+    """
 
     def reset(self, seeds: Sequence[int]) -> Observations:
         """Start one episode for each seed; return observations, arrays (N, ...) by name."""
@@ -32,7 +35,8 @@ class Policy(Protocol):
     """Chooses actions for many episodes at once.
 
     A policy whose state must pass from one episode to the next sets ``sequential = True``: its episodes are run one
-    after another, and it is told the last observation by ``finish(observations)`` if it has that method.
+    after another, and it is told the last observation by ``finish(observations)`` if it has that method. One that looks
+    into the simulator, as planners that know the future do, has ``watch(env)``: it is called before ``reset``.
     """
 
     def reset(self, n: int) -> None:
@@ -81,6 +85,8 @@ def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool
     if getattr(policy, "sequential", False) and len(seeds) > 1:
         return _side_by_side([rollout(env, policy, [seed], record) for seed in seeds])
     observations = env.reset(seeds)
+    if hasattr(policy, "watch"):
+        policy.watch(env)
     policy.reset(len(seeds))
     over = np.zeros(len(seeds), dtype=bool)
     seen: list[Observations] = []

@@ -1,0 +1,184 @@
+"""Records experience: runs a mixture of policies in the simulator of a decision task and writes a pool."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from netllm_pl.errors import UserError
+from netllm_pl.pool_format import MANIFEST, PoolWriter
+from netllm_pl.progress import status
+from netllm_pl.rollout import Array, Environment, Observations, Policy, rollout
+
+if TYPE_CHECKING:
+    from netllm_pl.data import NetDataModule
+
+Sample = Callable[[Observations, np.random.Generator], Array]
+
+
+class Explore:
+    """Acts like another policy, but at random with some probability.
+
+    Args:
+        policy: Who acts otherwise.
+        probability: How often an action is random.
+        sample: Draws an action (N,) for every episode from those that are possible.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, policy: Policy, probability: float, sample: Sample, seed: int | Sequence[int] = 0) -> None:
+        self.policy, self.probability, self.sample = policy, probability, sample
+        self.sequential: bool = getattr(policy, "sequential", False)
+        self._random = np.random.default_rng(seed)
+
+    def watch(self, env: Environment) -> None:
+        """Pass on the simulator to a policy that looks into it."""
+        if hasattr(self.policy, "watch"):
+            self.policy.watch(env)
+
+    def reset(self, n: int) -> None:
+        """Begin n episodes."""
+        self.policy.reset(n)
+
+    def act(self, observations: Observations) -> Array:
+        """Return the policy's actions (N,), some of them replaced."""
+        chosen = np.asarray(self.policy.act(observations))
+        drawn = np.asarray(self.sample(observations, self._random))
+        replaced = self._random.random(len(chosen)) < self.probability
+        return np.where(replaced.reshape(-1, *[1] * (chosen.ndim - 1)), drawn, chosen)
+
+    def finish(self, observations: Observations) -> None:
+        """Pass on the last observation."""
+        if hasattr(self.policy, "finish"):
+            self.policy.finish(observations)
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """Read ``NAME[:SHARE],...`` into shares that sum to one; a share that is left out is 1.
+
+    A checkpoint's path is a name too: only a number behind the last colon is a share.
+    """
+    shares: dict[str, float] = {}
+    for part in filter(None, (word.strip() for word in text.split(","))):
+        name, _, share = part.rpartition(":")
+        try:
+            weight = float(share) if name else 1.0
+        except ValueError:
+            name, weight = part, 1.0
+        name = name or part
+        if name in shares or not 0 < weight < float("inf"):
+            raise UserError(f"policy '{part}': name each once, with a share above 0, such as bba:1,robust_mpc:3")
+        shares[name] = weight
+    if not shares:
+        raise UserError(f"policy is '{text}'; name at least one, such as bba:1,robust_mpc:3")
+    return {name: weight / sum(shares.values()) for name, weight in shares.items()}
+
+
+def collect(
+    data: "NetDataModule",
+    shares: Mapping[str, float],
+    episodes: int,
+    out: Path,
+    *,
+    explore: float = 0.0,
+    split: str = "train",
+    values: str | None = None,
+    seed: int = 0,
+    parallel: int = 64,
+    keep_existing: bool = False,
+) -> None:
+    """Run a mixture of policies in random episodes of a split and write what happened as an experience pool.
+
+    Episode number i is drawn from ``seed * 2**32 + i``. Policies take turns so that any run of episodes holds their
+    shares; within a round of ``parallel`` episodes those of one policy are neighbours.
+
+    Args:
+        data: Data module of a decision task.
+        shares: Policies, as `NetDataModule.policy` knows them, and their shares, which sum to one.
+        episodes: How many episodes.
+        out: Folder of the pool; it must not exist.
+        explore: Probability of a random action in place of the policy's.
+        split: Which traces the episodes are drawn from.
+        values: Kind of action values to add to each step, as `NetDataModule.label` knows them.
+        seed: Seed of episodes and exploration.
+        parallel: Episodes side by side.
+        keep_existing: Whether a pool that another process has written there meanwhile is kept without an error.
+
+    Raises:
+        UserError: An argument is wrong, or the task is no decision task.
+    """
+    for name, number, low, high in (
+        ("episodes", episodes, 1, 2**31), ("parallel", parallel, 1, 2**20), ("explore", explore, 0, 1),
+        ("seed", seed, 0, 2**31 - 1),
+    ):  # fmt: skip
+        if not low <= number <= high:
+            raise UserError(f"{name} is {number}; it must lie between {low} and {high}")
+    made_by = {
+        "data": {"class_path": type(data).__name__, "init_args": dict(data.hparams)}, "shares": dict(shares),
+        "explore": explore, "split": split, "values": values, "seed": seed, "parallel": parallel,
+    }  # fmt: skip
+    env = data.simulator(split, "random")
+    policies = {name: _policy(data, name, split, env) for name in shares}
+    if explore:
+        if not hasattr(env, "sample"):
+            raise UserError(f"{type(env).__name__} cannot draw random actions: it has no sample(); leave explore at 0")
+        for number, name in enumerate(policies):
+            policies[name] = Explore(policies[name], explore, env.sample, (seed, number))
+    if values is not None:
+        env = data.label(env, values)
+    turns = _turns(list(shares.values()), episodes)
+    with PoolWriter(out, type(data).__name__, made_by, keep_existing) as writer:
+        for start in range(0, episodes, parallel):
+            turn = turns[start : start + parallel]
+            with status(f"episode {start + 1} to {start + len(turn)} of {episodes}"):
+                for number, name in enumerate(shares):
+                    seeds = seed * 2**32 + start + np.nonzero(turn == number)[0]
+                    if seeds.size:
+                        writer.add(rollout(env, policies[name], seeds.tolist(), record=True), name, seeds)
+
+
+def convert(data: "NetDataModule", file: Path, out: Path, policy: str = "published") -> None:
+    """Write a published pool of a task as one of ours.
+
+    Args:
+        data: Data module of the task; its `convert` reads the file.
+        file: The published pool.
+        out: Folder of the pool; it must not exist.
+        policy: Who acted in it, if you know.
+    """
+    with PoolWriter(out, type(data).__name__, {"converted_from": file.name}) as writer, status(f"reading {file}"):
+        for episodes in data.convert(file):
+            writer.add(episodes, policy)
+
+
+def summary(folder: Path) -> str:
+    """Say in words what a pool holds and where it lies."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    lines = [
+        f"{name}: {about['episodes']} episodes, {about['steps']} steps, return {about['return']['mean']:.3f}"
+        f" ({about['return']['min']:.3f} to {about['return']['max']:.3f})"
+        for name, about in manifest["policies"].items()
+    ]
+    return "\n".join([*lines, f"wrote {manifest['episodes']} episodes, {manifest['steps']} steps in {folder}"])
+
+
+def _policy(data: "NetDataModule", name: str, split: str, env: Environment) -> Policy:
+    policy = data.policy(name, split)
+    acting: Any = policy.as_policy() if hasattr(policy, "as_policy") else policy
+    if not hasattr(acting, "act"):
+        raise UserError(f"'{name}' is {type(policy).__name__}, which does not act; experience comes from policies")
+    if hasattr(acting, "simulator"):
+        acting.simulator = env  # a planner looks into the episodes that it plays
+    return acting  # type: ignore[no-any-return]
+
+
+def _turns(shares: list[float], episodes: int) -> Array:
+    """Number of the policy of each episode: always the one furthest behind its share."""
+    taken = np.zeros(len(shares))
+    turns = np.empty(episodes, np.int64)
+    for episode in range(episodes):
+        turns[episode] = np.argmax(np.asarray(shares) * (episode + 1) - taken)
+        taken[turns[episode]] += 1
+    return turns
