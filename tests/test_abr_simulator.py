@@ -260,7 +260,7 @@ def test_wrong_steps_are_refused(traces: Traces) -> None:
     simulator = Simulator(traces, generated_video(), Rules(chunks=3))
     simulator.reset([0, 1])
     for levels in ([0], [0, 6], [-1, 0], [[0], [1]]):
-        with pytest.raises(ValueError, match="levels must be 2 integers from 0 to 5"):
+        with pytest.raises(ValueError, match="levels must be 2 from 0 to 5"):
             simulator.step(np.array(levels))
     simulator.step(np.array([0, 0]))
     simulator.step(np.array([0, 0]))
