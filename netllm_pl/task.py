@@ -44,6 +44,8 @@ class OptimizerConfig:
         warmup: Share of all steps in which the rate rises from zero.
         schedule: What follows the warm-up.
         betas: Decay rates of AdamW's moments.
+        ema: Decay of an exponential moving average of the weights, such as 0.99; validation, checkpoints and results
+            are then the average's (`callbacks.MovingAverage`). Null takes the weights of the last step.
     """
 
     lr: float = 3e-4
@@ -51,6 +53,11 @@ class OptimizerConfig:
     warmup: float = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise UserError(f"optimizer.ema is {self.ema}; it must be at least 0 and below 1, such as 0.99, or null")
 
 
 class NetTask(pl.LightningModule, ABC):
@@ -186,6 +193,13 @@ class NetTask(pl.LightningModule, ABC):
         else:
             schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Average the weights if the optimiser's settings say so."""
+        from callbacks.moving_average import MovingAverage
+
+        ema = self.optimizer_config.ema
+        return [] if ema is None else [MovingAverage(ema)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what learns, and say what it belongs to."""

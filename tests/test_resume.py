@@ -177,6 +177,29 @@ def _stop(config: Path, folder: Path, stop: int, *more: str, step: str = "traini
     return folder / "last.ckpt"
 
 
+def test_a_run_that_averages_its_weights_goes_on_too(config: Path) -> None:
+    """In mid-epoch, and in a validation, for which the average stands in the model."""
+    more = (*OFTEN, "--model.init_args.optimizer.ema", "0.9")
+    expected = fit(config, config.parent / "averaged", *more)
+    for stop, step in ((3, "training_step"), (EPOCH + 2, "validation_step")):
+        folder = config.parent / f"averaged-{stop}"
+        last = _stop(config, folder, stop, *more, step=step)
+        done = torch.load(last, weights_only=True)["global_step"]
+        resumed = fit(config, folder, *more, "--ckpt_path", str(last))
+        for name in ("train/loss", "val/mae_deg"):
+            assert column(resumed, name, done) == column(expected, name, done) != []
+        same_end(config.parent / "averaged", folder)
+        one, two = (_latest(config.parent / name) for name in ("averaged", folder.name))
+        assert one and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def _latest(folder: Path) -> dict[str, Any]:
+    """The weights that training goes on with, which the last checkpoint keeps beside the average."""
+    callbacks = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]
+    (state,) = (value for name, value in callbacks.items() if "MovingAverage" in name)
+    return dict(state["learning"])
+
+
 def test_without_the_random_states_a_resumed_run_differs(whole: Path, config: Path) -> None:
     """Shows that the test above would notice."""
     last = _stop(config, config.parent / "forgetful", 3, *OFTEN)
