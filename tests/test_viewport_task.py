@@ -20,6 +20,7 @@ from tasks.viewport_prediction.synthetic import Synthetic
 
 ViT = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = VisionConfig(config={"image_size": [8, 16], **ViT}, cache=False)
+ONE_COLUMN = VisionConfig(config={"image_size": [8, 16], **ViT, "patch_size": 1}, cache=False)
 LEARNED = (ViewportGRU, ViewportTRACK)
 Batch = dict[str, Tensor]
 
@@ -133,6 +134,54 @@ def test_histories_and_horizons_of_other_lengths(
         extended = model.predict(batch, 30)
         assert torch.equal(extended[:, :20], prediction) and torch.equal(model.predict(batch, 6), prediction[:, :6])
         assert torch.equal(extended[:, 20:], prediction[:, -1:].expand(-1, 10, -1))
+
+
+def reflected(batch: Batch) -> Batch:
+    """The mirror image of the world, pictures and all."""
+    image = dict(batch)
+    image["history"] = wrap(batch["history"] * torch.tensor([-1.0, 1.0, -1.0]))
+    if "pictures" in batch:
+        image["pictures"] = batch["pictures"].flip(3)  # (B, P, rows, columns, colours)
+        image["picture_ids"] = batch["picture_ids"] + 10_000
+    return image
+
+
+@pytest.mark.parametrize(("kind", "settings"), CASES)
+def test_averaged_with_its_mirror_image_a_prediction_knows_no_left_and_right(
+    kind: type[ViewportModel], settings: dict[str, Any], batch: Batch
+) -> None:
+    batch = {name: value for name, value in batch.items() if "picture" not in name}
+    model = stirred(kind, **settings, mirror_average=True)
+    flip = torch.tensor([-1.0, 1.0, -1.0])
+    with torch.no_grad():
+        plain, averaged = model.extrapolate(batch), model(batch)
+        assert wrap(averaged - plain).abs().max() > 0.05
+        close(averaged, plain + wrap(model.extrapolate(reflected(batch)) * flip - plain) / 2)
+        close(model(reflected(batch)), averaged * flip)
+        model.train()
+        nn.Module.apply(model, lambda module: setattr(module, "p", 0.0) if isinstance(module, nn.Dropout) else None)
+        if getattr(model, "decoding", "parallel") == "parallel":
+            close(model(batch), plain)  # training sees each window once
+
+
+def test_the_mirror_image_of_a_window_has_its_picture_mirrored(batch: Batch) -> None:
+    """Without the position embedding and with patches of one column, only the directions know left from right."""
+    model: Any = stirred(vision=ONE_COLUMN, mirror_average=True)
+    nn.init.zeros_(model.image.vision.model.embeddings.position_embeddings)
+    flip = torch.tensor([-1.0, 1.0, -1.0])
+    with torch.no_grad():
+        close(model(reflected(batch)), model(batch) * flip)
+        frozen_picture = {**reflected(batch), "pictures": batch["pictures"], "picture_ids": batch["picture_ids"]}
+        assert wrap(model(frozen_picture) - model(batch) * flip).abs().max() > 0.05
+
+
+def test_two_views_cost_one_pass(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = started(vision=VISION, mirror_average=True), []
+    original = model.extrapolate
+    monkeypatch.setattr(model, "extrapolate", lambda both: sizes.append(len(both["history"])) or original(both))
+    with torch.no_grad():
+        assert model(batch).shape[0] == 5
+    assert sizes == [10]
 
 
 def no_future(batch: Batch) -> Batch:

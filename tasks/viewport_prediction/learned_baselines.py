@@ -26,6 +26,7 @@ class ViewportGRU(ViewportModel):
         rotate: Random yaw in training; without effect here, the input is relative.
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
+        mirror_average: Average the predictions of a window and its mirror image.
         width: Size of the recurrent state.
         layers: Recurrent layers.
     """
@@ -39,14 +40,15 @@ class ViewportGRU(ViewportModel):
         rotate: float = 180.0,
         mirror: bool = False,
         stretch: float = 0.0,
+        mirror_average: bool = False,
         width: int = 128,
         layers: int = 1,
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch)
+        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
         self.gru = nn.GRU(8, width, layers, batch_first=True)
         self.out = nn.Linear(width, 3 * horizon)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def extrapolate(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees."""
         angles, last = self.read(batch)
         step = torch.diff(angles, dim=1, prepend=angles[:, :1])
@@ -72,6 +74,7 @@ class ViewportTRACK(ViewportModel):
         rotate: Random yaw of up to that many degrees in training.
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
+        mirror_average: Average the predictions of a window and its mirror image.
         width: Size of the LSTMs' states.
         saliency: Rows and columns of the saliency map, centred on the viewer's yaw.
     """
@@ -85,17 +88,18 @@ class ViewportTRACK(ViewportModel):
         rotate: float = 180.0,
         mirror: bool = True,
         stretch: float = 0.0,
+        mirror_average: bool = False,
         width: int = 128,
         saliency: tuple[int, int] = (16, 32),
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch)
+        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
         self.saliency = saliency
         self.position = nn.LSTM(4, width, batch_first=True)
         self.content = nn.LSTM(saliency[0] * saliency[1], width, batch_first=True)
         self.fuse = nn.LSTM(2 * width, width, batch_first=True)
         self.out = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def extrapolate(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees, one step after another."""
         angles, last = self.read(batch)
         saliency = self._saliency(batch, last)

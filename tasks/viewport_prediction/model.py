@@ -16,6 +16,8 @@ from netllm_pl.errors import UserError
 from netllm_pl.task import NetTask, OptimizerConfig
 
 ANGLES = ("roll", "pitch", "yaw")
+MIRROR = (-1.0, 1.0, -1.0)
+"""What a mirror image does to the angles."""
 
 
 def wrap(degrees: Tensor) -> Tensor:
@@ -26,6 +28,18 @@ def wrap(degrees: Tensor) -> Tensor:
 def unwrapped(angles: Tensor) -> Tensor:
     """Undo the jumps at +-180: (B, T, 3) angles that start at the first sample and change by less than 180 a step."""
     return torch.cat([angles[:, :1], angles[:, :1] + wrap(angles.diff(dim=1)).cumsum(1)], dim=1)
+
+
+def with_mirror(batch: Batch) -> Batch:
+    """Windows (B) and behind them their mirror images, left and right exchanged: (2 B).
+
+    Pictures stay as they are; `frame` says that their yaw y is -y in the mirror.
+    """
+    history = batch["history"]
+    frame = batch.get("frame", history.new_tensor([1.0, 0.0]).expand(len(history), 2))
+    image = {"history": history * history.new_tensor(MIRROR), "frame": -frame}
+    both = {**batch, "frame": frame}
+    return {name: torch.cat([value, image.get(name, value)]) for name, value in both.items()}
 
 
 class CircularError(Metric):
@@ -71,6 +85,8 @@ class ViewportModel(NetTask):
         rotate: Training turns each window by a random yaw of up to that many degrees.
         mirror: Training mirrors windows left to right at random.
         stretch: Training scales the motion of each window by a random factor in [1 - stretch, 1 + stretch].
+        mirror_average: Outside training, predict each window and its mirror image, in one pass of a doubled batch, and
+            take the mean; it costs twice the computation.
     """
 
     monitor = "val/mae_deg"
@@ -85,17 +101,26 @@ class ViewportModel(NetTask):
         rotate: float = 180.0,
         mirror: bool = True,
         stretch: float = 0.0,
+        mirror_average: bool = False,
     ) -> None:
         super().__init__(backbone, optimizer)
         if history < 2 or horizon < 1:
             raise UserError(f"model: history is {history} and horizon {horizon}; at least 2 and 1 are needed")
         self.history, self.horizon = history, horizon
         self.objective, self.rotate, self.mirror, self.stretch = objective, rotate, mirror, stretch
+        self.mirror_average = mirror_average
 
     @abstractmethod
-    def forward(self, batch: Batch) -> Tensor:
+    def extrapolate(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees; by the language model if a task does not say otherwise."""
         return super().forward(batch)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Predict (B, horizon, 3) degrees; outside training, with `mirror_average`, as the mean of two views."""
+        if self.training or not self.mirror_average:
+            return self.extrapolate(batch)
+        seen, reflected = self.extrapolate(with_mirror(batch)).chunk(2)
+        return seen + wrap(reflected * seen.new_tensor(MIRROR) - seen) / 2
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the unwrapped history (B, history, 3) and its last sample (B, 1, 3)."""

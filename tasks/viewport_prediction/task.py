@@ -38,6 +38,7 @@ class ViewportPrediction(ViewportModel):
         rotate: Random yaw of up to that many degrees in training.
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
+        mirror_average: Average the predictions of a window and its mirror image.
         vision: Vision transformer for pictures; null reads none.
         picture_tokens: Tokens per picture.
         representation: ``relative`` motion, or ``absolute`` angles normalised by 180 degrees as published.
@@ -56,6 +57,7 @@ class ViewportPrediction(ViewportModel):
         rotate: float = 180.0,
         mirror: bool = True,
         stretch: float = 0.0,
+        mirror_average: bool = False,
         vision: VisionConfig | None = None,
         picture_tokens: int = 4,
         representation: Literal["relative", "absolute"] = "relative",
@@ -63,7 +65,7 @@ class ViewportPrediction(ViewportModel):
         width: int = 128,
         head_width: int | None = 256,
     ) -> None:
-        super().__init__(backbone, optimizer, history, horizon, objective, rotate, mirror, stretch)
+        super().__init__(backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
         assert self.backbone is not None
         self.representation, self.decoding = representation, decoding
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
@@ -94,10 +96,10 @@ class ViewportPrediction(ViewportModel):
         """Turn hidden states (B, H, d_hidden) into angles (B, H, 3)."""
         return self._angles(self.head(hidden), self.read(batch)[1])
 
-    def forward(self, batch: Batch) -> Tensor:
+    def extrapolate(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees."""
         if self.decoding == "parallel":
-            return super().forward(batch)
+            return super().extrapolate(batch)
         if self.training:
             return self._teacher_forced(batch)
         return self._step_by_step(batch)
