@@ -145,8 +145,8 @@ class NetDataModule(pl.LightningDataModule, ABC):
             raise UserError(f"{type(self).__name__} has no steps, only whole predictions; leave out --steps")
         return {"episodes": self.episodes(policy)}
 
-    def policy(self, name: str) -> Any:
-        """Build a policy from its name: a baseline, a checkpoint's path, or an exported folder."""
+    def policy(self, name: str, split: str = "test") -> Any:
+        """Build a policy for the episodes of a split from its name: a baseline, a checkpoint, or an exported folder."""
         if name in self.baselines:
             return self.baselines[name]()
         path = Path(name)

@@ -112,7 +112,7 @@ def print_table(
     table = Table(title=title)
     table.add_column("policy", overflow="fold")
     for metric in metrics:
-        table.add_column(metric.name, justify="right")
+        table.add_column(metric.name, justify="right", overflow="fold")
     table.add_column(Text(f"better than {policies[0]} by ({main.name})"), justify="right")
     for policy in policies:
         cells = [_interval(*rows.loc[(policy, main.name), ["mean", "low", "high"]])]

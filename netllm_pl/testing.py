@@ -237,7 +237,8 @@ def check_environment(env: Environment, seeds: Sequence[int], act: Act | None = 
 def _run(env: Environment, seeds: Sequence[int], act: Act, limit: int) -> list[dict[str, Array]]:
     """Run episodes; return a record for each step: ``alive``, observations, ``reward``, ``over``, and ``info/...``."""
     observations = env.reset(list(seeds))
-    steps, kept = [], []
+    steps: list[dict[str, Array]] = []
+    kept: list[tuple[Observations, Observations]] = []
     over = np.zeros(len(seeds), dtype=bool)
     while not over.all():
         assert len(steps) < limit, f"after {limit} steps {int((~over).sum())} episodes are not over"

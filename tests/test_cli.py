@@ -20,7 +20,12 @@ CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "base
 OVERLAYS = sorted((ROOT / "configs" / "overlays").rglob("*.yaml"))
 SMALL = {  # arguments that make the built-in data of a task small
     "ViewportPredictionData": ["--data.init_args.synthetic={videos: 6, users: 6, seconds: 30}"],
+    "AdaptiveBitrateData": [
+        "--data.init_args.synthetic={traces: 6, duration_s: 60}",
+        "--data.init_args.rules={chunks: 10}",
+    ],
 }
+EPISODES = ["--data.init_args.experience.episodes=8", "--data.init_args.experience.eval_episodes=4"]
 VIEWPORT = ROOT / "configs" / "viewport_prediction.yaml"
 GRU = ROOT / "configs" / "baselines" / "viewport_prediction_gru.yaml"
 TINY = ROOT / "configs" / "llm" / "tiny_random.yaml"
@@ -29,7 +34,10 @@ TINY = ROOT / "configs" / "llm" / "tiny_random.yaml"
 def words(config: Path) -> list[str]:
     """A config, two small batches of small data, and a tiny language model where there is one."""
     tree = yaml.safe_load(config.read_text())
-    small = SMALL.get(tree["data"]["class_path"], [])
+    small = [
+        *SMALL.get(tree["data"]["class_path"], []),
+        *(EPISODES if tree["data"]["init_args"].get("experience") else []),
+    ]
     tiny = ["--model.init_args.backbone", str(TINY)] if "backbone" in tree["model"]["init_args"] else []
     return ["--config", str(config), "--config", str(ROOT / "configs" / "overlays" / "smoke.yaml"), *small, *tiny]
 

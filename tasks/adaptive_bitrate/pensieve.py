@@ -43,8 +43,13 @@ def pensieve_state(observations: Observations, video: Video, length: int = LENGT
 
     Returns:
         (N, 6, max(length, L)).
+
+    Raises:
+        UserError: The sessions have another number of levels.
     """
-    levels = len(video.ladder_kbps)
+    levels, seen = len(video.ladder_kbps), observations["next_bytes"].shape[1]
+    if seen != levels:
+        raise UserError(f"Pensieve was made for {levels} levels, the video that is played has {seen}; train one for it")
     state = np.zeros((len(observations["level"]), 6, max(length, levels)), dtype=np.float32)
     state[:, 0, -1] = video.ladder_kbps[observations["level"]] / video.ladder_kbps.max()
     state[:, 1, -1] = observations["buffer_s"] / 10.0

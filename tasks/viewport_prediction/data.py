@@ -195,9 +195,9 @@ class ViewportPredictionData(NetDataModule):
         )
         return ViewportDataset(traces, windows, self.history, self.horizon, pictures, self.picture_offsets)
 
-    def policy(self, name: str) -> Any:
+    def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy; a baseline that learns is fitted on the training windows at the published step."""
-        policy = super().policy(name)
+        policy = super().policy(name, split)
         if hasattr(policy, "fit") and not isinstance(policy, NetTask):
             train = self.dataset("train", step=self.step)
             rows = np.arange(len(train))

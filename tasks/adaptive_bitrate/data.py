@@ -1,0 +1,260 @@
+"""Streaming sessions and experience as a data module: traces, videos and rules by name or path, or built-in ones.
+
+Shapes: N sessions, T chunks that a policy chose, B samples in a batch, W steps of a window.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from netllm_pl.data import Batch, BatchedDataset, NetDataModule
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.evaluate import Metric
+from netllm_pl.experience import Windows, read_pool
+from netllm_pl.paths import data_root
+from netllm_pl.recording import Experience, recorded
+from netllm_pl.rollout import Policy, Rollout, rollout
+from tasks.adaptive_bitrate.baselines import NAMES, build
+from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
+from tasks.adaptive_bitrate.published_pool import read_published
+from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
+from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video, weights_folder
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces
+
+OPTIMAL = "offline_optimal"
+CHUNK_COLUMNS = ("chunk", "bitrate", "buffer_s", "rebuffer_s", "chunk_bytes", "delay_ms", "sleep_ms", "reward")
+
+
+class Sessions:
+    """Numbers of sessions, for learners that play themselves: the seeds to reset a simulator with.
+
+    Args:
+        size: How many.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        """Number of sessions."""
+        return self.size
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """Return ``session`` (B,)."""
+        return {"session": torch.tensor(indices)}
+
+
+class AdaptiveBitrateData(NetDataModule):
+    """Sessions that play a video over bandwidth traces, and experience recorded in them.
+
+    Args:
+        traces: ``synthetic`` (generated); ``fcc`` (FCC and HSDPA traces in data_dir/abr, split by the protocol);
+            ``fcc_synthetic`` (tested on data_dir/abr/traces_synthetic.parquet); or a path: a folder with train, valid
+            and test (each a Parquet file, or a folder of text files), or a single file or folder of traces, whose
+            sources are dealt out to the splits.
+        protocol: Splits of ``fcc``: no source of a trace in two splits, or as published, where most test traces are
+            parts of training traces and all validation traces are training traces.
+        video: ``generated``, a name in data_dir/abr/videos.json, a folder of size files, or a JSON file (FILE:NAME if
+            it holds several).
+        test_traces: Traces to test on, if others; a single file or folder is tested on as a whole.
+        test_video: Video to test on, if another.
+        mode: Whether validation and test sessions are as the traces say (fixed), or have random traces, starts and
+            noise.
+        data_dir: Folder that holds abr/; else NETLLM_DATA, else where `fetch` puts data.
+        weights_dir: Folder of the published Pensieve weights (genet.npz, ...); null looks for ``weights`` in and beside
+            the data's folder.
+        rules: How a session runs and what it is worth.
+        synthetic: The generator's settings.
+        history: Samples of history in an observation.
+        pool: Folder of training experience that `collect` wrote; null records it as ``experience`` says.
+        experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
+            learners that play themselves, gives numbers of sessions in place of recorded steps.
+        window: Steps of a window of experience.
+        stride: Steps between the beginnings of two training windows; null takes the window.
+        sessions: Training sessions of an epoch, for learners that play themselves.
+        batch_size: Samples in a training batch, per process.
+        eval_batch_size: Samples in a validation or test batch, and sessions played side by side.
+        num_workers: Loader processes.
+        seed: Seed of the training order.
+    """
+
+    baselines: ClassVar[dict[str, Any]] = {name: partial(build, name) for name in (*NAMES, OPTIMAL)}  # see `policy`
+    metrics = (
+        Metric("qoe", "qoe", better="max"),
+        Metric("bitrate_mbps", "bitrate_mbps", better="max"),
+        Metric("rebuffer_s", "rebuffer_s"),
+        Metric("smoothness_mbps", "smoothness_mbps"),
+    )
+    compared = ("bba", "robust_mpc")
+
+    def __init__(
+        self,
+        traces: str = "synthetic",
+        protocol: Literal["leak_free", "published"] = "leak_free",
+        video: str = "generated",
+        test_traces: str | None = None,
+        test_video: str | None = None,
+        mode: Literal["fixed", "random"] = "fixed",
+        data_dir: str | None = None,
+        weights_dir: str | None = None,
+        rules: Rules = Rules(),  # noqa: B008  # frozen
+        synthetic: SyntheticTraces = SyntheticTraces(),  # noqa: B008  # frozen
+        history: int = 10,
+        pool: str | None = None,
+        experience: Experience | None = Experience(),  # noqa: B008  # frozen
+        window: int = 20,
+        stride: int | None = None,
+        sessions: int = 10_000,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        for name, value in {"history": history, "window": window, "stride": stride or 1, "sessions": sessions}.items():
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
+        self.protocol, self.mode, self.rules, self.synthetic = protocol, mode, rules, synthetic
+        self.root, self.weights_dir, self.history = data_root(data_dir), weights_dir, history
+        self.pool, self.experience, self.window, self.stride = pool, experience, window, stride
+        self.sessions = sessions
+        self._read: dict[Any, Any] = {}
+
+    def traces(self, split: str) -> Traces:
+        """Return the traces of a split, read once."""
+        if split not in self._read:
+            name, other = self.trace_names
+            if split == "test" and other is not None:
+                self._read[split] = all_traces(other, self.root, self.synthetic)
+            else:
+                self._read[split] = named_traces(name, split, self.root, self.protocol == "published", self.synthetic)
+        traces: Traces = self._read[split]
+        return traces
+
+    def video(self, split: str) -> Video:
+        """Return the video of a split, read once."""
+        name, other = self.video_names
+        name = other if split == "test" and other is not None else name
+        if ("video", name) not in self._read:
+            self._read["video", name] = named_video(name, self.root)
+        video: Video = self._read["video", name]
+        return video
+
+    # Playing ----------------------------------------------------------------------------------------------------------
+
+    def simulator(self, split: str, mode: str | None = None) -> Simulator:
+        """Return sessions of a split.
+
+        Args:
+            split: train, valid or test.
+            mode: fixed or random; null takes that of validation and test.
+        """
+        chosen: Any = mode or self.mode
+        return Simulator(self.traces(split), self.video(split), self.rules, chosen, self.history)
+
+    def policy(self, name: str, split: str = "test") -> Any:
+        """Build a policy from its name: a baseline for the video of a split, a checkpoint's path, or a folder."""
+        if name == OPTIMAL:
+            return OfflineOptimal(self.simulator(split))
+        if name in NAMES:
+            return build(name, self.video(split), self.rules, weights_folder(self.weights_dir, self.root), self.seed)
+        return super().policy(name)
+
+    def label(self, env: Any, values: str) -> Hindsight:
+        """Add hindsight values of all levels to each step of a simulator."""
+        if values != "hindsight":
+            raise unknown("kind of action values", values, ("hindsight",))
+        return Hindsight(env)
+
+    def episodes(self, policy: Any, split: str = "test") -> pd.DataFrame:
+        """Play one session a trace: means over chunks that the policy chose, clustered by source of the traces."""
+        return self._play(policy, split)["episodes"]
+
+    def tables(self, policy: Any, steps: bool = False) -> dict[str, pd.DataFrame]:
+        """Play the test sessions.
+
+        Returns:
+            ``episodes``, and with steps ``steps``: one row a chunk, the first one of a session too, whose level no
+            policy chose and whose reward does not count.
+        """
+        tables = self._play(policy, "test")
+        return tables if steps else {"episodes": tables["episodes"]}
+
+    def _play(self, policy: Any, split: str) -> dict[str, pd.DataFrame]:
+        env, acting = self.simulator(split), _acting(policy)
+        if isinstance(acting, OfflineOptimal):
+            acting.simulator = env  # it looks into the sessions that it plays
+        parts: list[dict[str, pd.DataFrame]] = []
+        for start in range(0, len(env.traces), self.eval_batch_size):
+            seeds = range(start, min(start + self.eval_batch_size, len(env.traces)))
+            played = rollout(env, acting, seeds)
+            parts.append(_tables(played, env, np.array(seeds)))
+        return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+
+    # Experience -------------------------------------------------------------------------------------------------------
+
+    def dataset(self, split: str) -> BatchedDataset:
+        """Return windows of experience, or numbers of sessions."""
+        if self.experience is None and self.pool is None:
+            return Sessions(self.sessions if split == "train" else len(self.traces(split)))
+        experience = self.experience or Experience()
+        if self.pool is not None:
+            pool = read_pool(self.pool, type(self).__name__)
+            if split != "train":
+                experience = replace(experience, values=pool.manifest["made_by"].get("values"))
+        if self.pool is None or split != "train":
+            pool = recorded(self, experience, split, self._content(split))
+        return Windows(pool, self.window, self.stride if split == "train" else None)
+
+    def convert(self, file: Path) -> Iterator[Rollout]:
+        """Read the episodes of an experience pool that NetLLM's program wrote."""
+        return read_published(file, self.history)
+
+    def _content(self, split: str) -> str:
+        """Hash of what sessions depend on."""
+        traces, video = self.traces(split), self.video(split)
+        arrays = (traces.starts, traces.time_s, traces.bandwidth_mbps, video.ladder_kbps, video.chunk_bytes)
+        digest = hashlib.sha256(repr((video.chunk_s, self.rules, self.history)).encode())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+def _acting(policy: Any) -> Policy:
+    """Return what chooses levels: a task's own policy, or the policy itself."""
+    act_as: Any = getattr(policy, "as_policy", None)
+    acting: Policy = policy if act_as is None else act_as()
+    if not hasattr(acting, "act"):
+        raise UserError(f"{type(policy).__name__} chooses no bitrates; give a policy or a checkpoint of this task")
+    return acting
+
+
+def _tables(played: Rollout, env: Simulator, seeds: Any) -> dict[str, pd.DataFrame]:
+    """Turn what happened into one row a session and one row a chunk."""
+    traces, trace = env.traces, played.start["trace"]
+    info = {**played.info, "reward": played.rewards}
+    columns = {
+        name: np.concatenate([played.start[name][None], info[name]]).T.ravel()  # session by session
+        for name in CHUNK_COLUMNS
+    }
+    where = {"trace_name": traces.names[trace], "trace": trace}
+    chunks = len(played.rewards) + 1
+    steps = pd.DataFrame({name: np.repeat(values, chunks) for name, values in where.items()} | columns)
+    means = {
+        "qoe": played.rewards,
+        "bitrate_mbps": env.ladder[info["bitrate"]] / 1000.0,
+        "rebuffer_s": info["rebuffer_s"],
+        "smoothness_mbps": info["change_mbps"],
+    }
+    cluster = np.unique(traces.sources, return_inverse=True)[1][trace]
+    about = {"episode": seeds, **where, "source": traces.sources[trace], "cluster": cluster}
+    episodes = pd.DataFrame(about | {name: values.mean(0) for name, values in means.items()})
+    return {"episodes": episodes, "steps": steps}
