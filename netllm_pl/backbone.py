@@ -131,13 +131,21 @@ class Backbone(nn.Module):
         """Type of the frozen weights."""
         return self.config.torch_dtype()
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Run the language model once.
 
         Args:
             tokens: (B, T, d_model) float; the new tokens only when a cache holds earlier ones.
-            mask: (B, T) bool, True at real tokens; null if all are. With a cache it covers the cached tokens too.
+            mask: (B, T) bool, True at real tokens; null if all are. With a cache it covers the cached tokens too. Or
+                (B or 1, 1, T, cached + T) bool, which tokens each token sees (causal models only).
             cache: Keys and values of earlier tokens, extended in place (causal models only).
+            positions: (B, T) int64 place of each token in its sequence; null counts from the first one.
 
         Returns:
             (B, T, d_hidden) float32 last hidden states.
@@ -147,10 +155,21 @@ class Backbone(nn.Module):
             extra = {"use_cache": cache is not None, "past_key_values": cache}
         elif cache is not None:
             raise UserError(f"backbone {self.config.name}: an encoder keeps no key/value cache; take a causal model")
-        attention = None if mask is None else mask.long()
+        if positions is not None:
+            extra["position_ids"] = positions
+        attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask)
         output = self.model(inputs_embeds=tokens.to(self.dtype), attention_mask=attention, **extra)
         hidden: Tensor = output.last_hidden_state
         return hidden.float()
+
+    def _visible(self, mask: Tensor) -> Tensor:
+        """Say which tokens each token sees in the way that the attention implementation understands."""
+        implementation = getattr(self.model, "config")._attn_implementation  # noqa: B009  # not declared by nn.Module
+        if implementation == "sdpa":
+            return mask
+        if implementation != "eager":
+            raise UserError(f"backbone.attention {implementation} takes no mask of its own; set it to sdpa")
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
 
 def _load(config: BackboneConfig) -> PreTrainedModel:

@@ -43,16 +43,17 @@ class ChoiceHead(nn.Module):
     Args:
         d_hidden: Size of a hidden state.
         choices: How many there are.
+        width: Size of a hidden layer; None is a single linear layer.
     """
 
-    def __init__(self, d_hidden: int, choices: int) -> None:
+    def __init__(self, d_hidden: int, choices: int, width: int | None = None) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d_hidden)
-        self.linear = nn.Linear(d_hidden, choices)
+        hidden = [] if width is None else [nn.Linear(d_hidden, width), nn.GELU()]
+        self.layers = nn.Sequential(nn.LayerNorm(d_hidden), *hidden, nn.Linear(width or d_hidden, choices))
 
     def forward(self, hidden: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Map (B, T, H) to (B, T, C) logits; allowed (B, T, C) bool, at least one a position."""
-        return _mask(self.linear(self.norm(hidden)), allowed)
+        return _mask(self.layers(hidden), allowed)
 
 
 class PointerHead(nn.Module):

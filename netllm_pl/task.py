@@ -26,12 +26,15 @@ class Prompt(NamedTuple):
     Attributes:
         tokens: (B, T, d_model) float.
         answers: (A,) int64, the positions whose hidden states the head reads.
-        mask: (B, T) bool, True at real tokens; None if all are.
+        mask: (B, T) bool, True at real tokens; or (B or 1, 1, T, T) bool, which tokens each one sees; None if all are
+            real and each sees all earlier ones.
+        positions: (B, T) int64 place of each token in its sequence; None counts from the first one.
     """
 
     tokens: Tensor
     answers: Tensor
     mask: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class NetTask(pl.LightningModule, ABC):
         if self.backbone is None:
             raise UserError(f"{type(self).__name__} needs a backbone; set model.backbone.name")
         prompt = self.encode(batch)
-        hidden = self.backbone(prompt.tokens, prompt.mask)
+        hidden = self.backbone(prompt.tokens, prompt.mask, positions=prompt.positions)
         return self.answer(hidden[:, prompt.answers], batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

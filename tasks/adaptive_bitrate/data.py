@@ -73,6 +73,7 @@ class AdaptiveBitrateData(NetDataModule):
         rules: How a session runs and what it is worth.
         synthetic: The generator's settings.
         history: Samples of history in an observation.
+        lookahead: Chunks whose sizes are in an observation, from the next one on.
         pool: Folder of training experience that `collect` wrote; null records it as ``experience`` says.
         experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
             learners that play themselves, gives numbers of sessions in place of recorded steps.
@@ -107,6 +108,7 @@ class AdaptiveBitrateData(NetDataModule):
         rules: Rules = Rules(),  # noqa: B008  # frozen
         synthetic: SyntheticTraces = SyntheticTraces(),  # noqa: B008  # frozen
         history: int = 10,
+        lookahead: int = 5,
         pool: str | None = None,
         experience: Experience | None = Experience(),  # noqa: B008  # frozen
         window: int = 20,
@@ -123,7 +125,8 @@ class AdaptiveBitrateData(NetDataModule):
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
         self.protocol, self.mode, self.rules, self.synthetic = protocol, mode, rules, synthetic
-        self.root, self.weights_dir, self.history = data_root(data_dir), weights_dir, history
+        self.root, self.weights_dir = data_root(data_dir), weights_dir
+        self.history, self.lookahead = history, lookahead
         self.pool, self.experience, self.window, self.stride = pool, experience, window, stride
         self.sessions = sessions
         self._read: dict[Any, Any] = {}
@@ -158,7 +161,7 @@ class AdaptiveBitrateData(NetDataModule):
             mode: fixed or random; null takes that of validation and test.
         """
         chosen: Any = mode or self.mode
-        return Simulator(self.traces(split), self.video(split), self.rules, chosen, self.history)
+        return Simulator(self.traces(split), self.video(split), self.rules, chosen, self.history, self.lookahead)
 
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy from its name: a baseline for the video of a split, a checkpoint's path, or a folder."""
@@ -222,7 +225,7 @@ class AdaptiveBitrateData(NetDataModule):
         """Hash of what sessions depend on."""
         traces, video = self.traces(split), self.video(split)
         arrays = (traces.starts, traces.time_s, traces.bandwidth_mbps, video.ladder_kbps, video.chunk_bytes)
-        digest = hashlib.sha256(repr((video.chunk_s, self.rules, self.history)).encode())
+        digest = hashlib.sha256(repr((video.chunk_s, self.rules, self.history, self.lookahead)).encode())
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

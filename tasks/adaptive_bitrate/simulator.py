@@ -3,7 +3,7 @@
 One session plays one video over one bandwidth trace. The rules are those of Pensieve (Mao et al., SIGCOMM 2017) as
 NetLLM runs them; ``../shared/golden`` logs of that program are reproduced to 1e-9 by the tests.
 
-Shapes: N sessions, L levels of the bitrate ladder, H samples of history.
+Shapes: N sessions, L levels of the bitrate ladder, H samples of history, A chunks ahead.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from numba import njit
+
+from netllm_pl.errors import UserError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -89,8 +91,30 @@ class Rules:
     noise: tuple[float, float] = (0.9, 1.1)
     scale: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Refuse rules that no session can be played by.
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+        Raises:
+            UserError: A value is out of its range.
+        """
+        low, high = self.noise
+        for name, fits, expected in (
+            ("chunks", self.chunks is None or self.chunks >= 2, "2 or more, or null"),
+            ("first_level", self.first_level >= 0, "0 or more"),
+            ("buffer_limit_s", self.buffer_limit_s >= 0, "0 or more seconds"),
+            ("drain_s", 0 < self.drain_s < np.inf, "seconds above 0"),
+            ("rtt_s", 0 <= self.rtt_s < np.inf, "0 or more seconds"),
+            ("payload", 0 < self.payload <= 1, "a share above 0, up to 1"),
+            ("rebuffer_weight", np.isfinite(self.rebuffer_weight), "a number"),
+            ("smoothness_weight", np.isfinite(self.smoothness_weight), "a number"),
+            ("noise", 0 < low <= high < np.inf, "two ascending factors above 0"),
+            ("scale", 0 <= self.scale <= 2, "0 to 2"),
+        ):
+            if not fits:
+                raise UserError(f"rules.{name} is {getattr(self, name)}; expected {expected}")
+
+
+@njit(cache=True)
 def download(
     time: Floats, rate_mbps: Floats, first: int, end: int, pointer: int, clock: float, size: float, payload: float
 ) -> tuple[float, int, float]:
@@ -125,7 +149,7 @@ def download(
             pointer, clock = first + 1, 0.0
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def idle(time: Floats, first: int, end: int, pointer: int, clock: float, sleep_ms: float) -> tuple[float, int, float]:
     """Walk a trace for a time in which nothing is downloaded.
 
@@ -143,7 +167,7 @@ def idle(time: Floats, first: int, end: int, pointer: int, clock: float, sleep_m
             pointer, clock = first + 1, 0.0
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def uniform(seed: int, draw: int) -> float:
     """Number in [0, 1) that depends on a session's seed and the draw only (SplitMix64, Steele et al. 2014).
 
@@ -157,13 +181,22 @@ def uniform(seed: int, draw: int) -> float:
     return float(z >> np.uint64(11)) / 9007199254740992.0
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _step(  # type: ignore[no-untyped-def]
-    time, rate_mbps, starts, trace, seed, pointer, clock, scale, buffer_ms, level, chunk, action, ladder, sizes,
-    chunk_ms, limit_ms, drain_ms, rtt_ms, payload, rebuffer_weight, smoothness_weight, low, high,
-    throughput, delay_s, out,
-) -> None:  # fmt: skip
-    """Download one chunk in every session; all per-session arrays change in place."""
+    time, rate_mbps, starts, trace, seed, pointer, clock, scale, buffer_ms, level, chunk, action, ladder, sizes, rules,
+    low, high, chunks, throughput, delay_s, real, whole, following,
+) -> int:  # fmt: skip
+    """Download one chunk in every session; all per-session arrays change in place.
+
+    Returns:
+        0; or, with nothing changed, 1 if a level is not on the ladder, 2 if a session is over.
+    """
+    for i in range(len(trace)):
+        if not 0 <= action[i] < len(ladder):
+            return 1
+        if chunk[i] >= chunks:
+            return 2
+    chunk_ms, limit_ms, drain_ms, rtt_ms, payload, rebuffer_weight, smoothness_weight = rules
     history = throughput.shape[1]
     for i in range(len(trace)):
         first, end = starts[trace[i]], starts[trace[i] + 1]
@@ -171,7 +204,7 @@ def _step(  # type: ignore[no-untyped-def]
         # Bandwidth times s is the same walk as a chunk smaller by s; s = 1 changes no digit.
         seconds, p, c = download(time, rate_mbps, first, end, pointer[i], clock[i], size / scale[i], payload)
         delay = seconds * 1000.0 + rtt_ms
-        if high > low:
+        if low != 1.0 or high != 1.0:
             delay *= low + (high - low) * uniform(seed[i], 8 + chunk[i])
         rebuffer = max(delay - buffer_ms[i], 0.0)
         buffer = max(buffer_ms[i] - delay, 0.0) + chunk_ms
@@ -183,19 +216,24 @@ def _step(  # type: ignore[no-untyped-def]
         pointer[i], clock[i], buffer_ms[i] = p, c, buffer
         kbps, before = ladder[action[i]], ladder[level[i]]
         change = abs(kbps - before) / 1000.0
-        out[i, 0] = kbps / 1000.0 - rebuffer_weight * (rebuffer / 1000.0) - smoothness_weight * change
-        out[i, 1] = rebuffer / 1000.0
-        out[i, 2] = delay
-        out[i, 3] = sleep
-        out[i, 4] = size
-        out[i, 5] = change
+        real[0, i] = kbps / 1000.0 - rebuffer_weight * (rebuffer / 1000.0) - smoothness_weight * change
+        real[1, i] = rebuffer / 1000.0
+        real[2, i] = delay
+        real[3, i] = sleep
+        real[4, i] = change
+        real[5, i] = real[6, i] = buffer / 1000.0
         for h in range(history - 1):
             throughput[i, h] = throughput[i, h + 1]
             delay_s[i, h] = delay_s[i, h + 1]
         throughput[i, history - 1] = size / delay / 1000.0
         delay_s[i, history - 1] = delay / 1000.0
+        whole[0, i], whole[1, i] = chunk[i], np.int64(size)
         level[i] = action[i]
         chunk[i] += 1
+        whole[2, i], whole[3, i], whole[4, i] = level[i], chunk[i], chunks - chunk[i]
+        for j in range(len(ladder)):
+            following[i, j] = np.int64(sizes[min(chunk[i], len(sizes) - 1), j])
+    return 0
 
 
 class Simulator:
@@ -210,6 +248,7 @@ class Simulator:
         rules: How, and what it is worth.
         mode: Whether anything is random.
         history: Samples of history in an observation (H).
+        lookahead: Chunks whose sizes are seen ahead, from the next one on (A); the client has them from the manifest.
 
     Attributes:
         trace: (N,) which trace each session plays.
@@ -217,6 +256,8 @@ class Simulator:
         clock: (N,) its time there, seconds.
         scale: (N,) factor on its bandwidth.
         buffer_ms: (N,) video that waits to be played.
+        sizes, ladder: the video's, as floats.
+        constants: chunk length, buffer limit, waiting step, round trip (ms), payload share and reward weights.
         level: (N,) level of the last chunk.
         chunk: (N,) index of the next chunk.
     """
@@ -228,17 +269,26 @@ class Simulator:
         rules: Rules | None = None,
         mode: Literal["fixed", "random"] = "fixed",
         history: int = 10,
+        lookahead: int = 0,
     ) -> None:
-        self.traces, self.video, self.mode, self.history = traces, video, mode, history
+        self.traces, self.video, self.mode = traces, video, mode
+        self.history, self.lookahead = history, lookahead
         self.rules = rules = rules or Rules()
         rows, levels = video.chunk_bytes.shape
         self.chunks = rows if rules.chunks is None else min(rules.chunks, rows)
         self.levels = levels
-        if not 0 <= rules.first_level < levels or self.chunks < 2:
-            raise ValueError(f"first_level {rules.first_level} of {levels} levels, {self.chunks} chunks (at least 2)")
-        self._sizes = video.chunk_bytes.astype(np.float64)
-        self._ladder = video.ladder_kbps.astype(np.float64)
+        if rules.first_level >= levels:
+            raise UserError(
+                f"rules.first_level is {rules.first_level}; video {video.name} has levels 0 to {levels - 1}"
+            )
+        self.sizes = video.chunk_bytes.astype(np.float64)
+        self.ladder = video.ladder_kbps.astype(np.float64)
+        milliseconds = (video.chunk_s, rules.buffer_limit_s, rules.drain_s, rules.rtt_s)
+        weights = (rules.payload, rules.rebuffer_weight, rules.smoothness_weight)
+        self.constants = (*(1000.0 * value for value in milliseconds), *map(float, weights))
         self._noise = rules.noise if mode == "random" else (1.0, 1.0)
+        padded = np.pad(self.sizes[: self.chunks] / 1e6, ((0, lookahead + 1), (0, 0)))
+        self._ahead = np.stack([padded[c : c + lookahead] for c in range(self.chunks + 1)])
 
     def reset(self, seeds: Sequence[int] | Ints) -> Observations:
         """Start one session for each seed and download the first chunk at the first level.
@@ -247,7 +297,8 @@ class Simulator:
             What a policy sees: ``level`` (N,) of the last chunk, ``buffer_s`` (N,), ``throughput`` (N, H) MB/s and
             ``delay_s`` (N, H) of the last chunks, newest last and zero before the first, ``next_bytes`` (N, L),
             ``chunk`` (N,) index of the next chunk, ``chunks_left`` (N,), ``reward`` (N,) of the last chunk (0 for the
-            first). Arrays belong to the caller.
+            first); with a lookahead ``upcoming_mb`` (N, A, L) sizes of the next chunks, zero behind the end. Arrays
+            belong to the caller.
         """
         self.seed = np.asarray(seeds, dtype=np.int64)
         n, traces = len(self.seed), self.traces
@@ -268,7 +319,8 @@ class Simulator:
         self.level = np.full(n, self.rules.first_level)
         self.chunk = np.zeros(n, dtype=np.int64)
         self._throughput, self._delay = np.zeros((n, self.history)), np.zeros((n, self.history))
-        observations, _, _, self.first = self.step(self.level.copy())
+        observations, reward, _, info = self.step(self.level.copy())
+        self.first = {**info, "reward": reward, "trace": self.trace.copy()}
         observations["reward"] = np.zeros(n)
         return observations
 
@@ -283,40 +335,43 @@ class Simulator:
             each: ``chunk``, ``bitrate`` (level), ``buffer_s`` (after), ``rebuffer_s``, ``chunk_bytes``, ``delay_ms``,
             ``sleep_ms``, ``change_mbps``.
         """
-        levels = np.ascontiguousarray(levels, dtype=np.int64)
-        if levels.shape != self.trace.shape or ((levels < 0) | (levels >= self.levels)).any():
-            raise ValueError(f"levels must be {len(self.trace)} integers from 0 to {self.levels - 1}, not {levels}")
-        if (self.chunk >= self.chunks).any():
-            raise ValueError("a session is over; call reset")
-        rules, t, out = self.rules, self.traces, np.empty((len(levels), 6))
-        _step(
+        levels, n, t = np.ascontiguousarray(levels, dtype=np.int64), len(self.trace), self.traces
+        # Few large arrays, whose rows are what is returned: for a hundred sessions numpy's calls cost more than steps.
+        real, whole, following = np.empty((7, n)), np.empty((5, n), np.int64), np.empty((n, self.levels), np.int64)
+        wrong = 1 if levels.shape != (n,) else _step(
             t.time_s, t.bandwidth_mbps, t.starts, self.trace, self.seed, self.pointer, self.clock, self.scale,
-            self.buffer_ms, self.level, self.chunk, levels, self._ladder, self._sizes, self.video.chunk_s * 1000.0,
-            rules.buffer_limit_s * 1000.0, rules.drain_s * 1000.0, rules.rtt_s * 1000.0, rules.payload,
-            rules.rebuffer_weight, rules.smoothness_weight, *self._noise, self._throughput, self._delay, out,
+            self.buffer_ms, self.level, self.chunk, levels, self.ladder, self.sizes, self.constants, *self._noise,
+            self.chunks, self._throughput, self._delay, real, whole, following,
         )  # fmt: skip
-        reward, rebuffer, delay, sleep, size, change = out.T
+        if wrong:
+            over = "a session is over; call reset"
+            raise ValueError(over if wrong == 2 else f"levels must be {n} from 0 to {self.levels - 1}, not {levels}")
+        reward, rebuffer, delay, sleep, change, buffer, buffer_after = real
+        played, size, level, chunk, left = whole
+        observations = {
+            "level": level,
+            "buffer_s": buffer,
+            "throughput": self._throughput.copy(),
+            "delay_s": self._delay.copy(),
+            "next_bytes": following,
+            "chunk": chunk,
+            "chunks_left": left,
+            "reward": reward,
+        }
+        if self.lookahead:
+            observations["upcoming_mb"] = self._ahead[chunk]
         info = {
-            "chunk": self.chunk - 1,
+            "chunk": played,
             "bitrate": levels,
-            "buffer_s": self.buffer_ms / 1000.0,
+            "buffer_s": buffer_after,
             "rebuffer_s": rebuffer,
-            "chunk_bytes": size.astype(np.int64),
+            "chunk_bytes": size,
             "delay_ms": delay,
             "sleep_ms": sleep,
             "change_mbps": change,
         }
-        return self._observe(reward), reward, self.chunk >= self.chunks, info
+        return observations, reward, left <= 0, info
 
-    def _observe(self, reward: Floats) -> Observations:
-        rows = np.minimum(self.chunk, len(self._sizes) - 1)
-        return {
-            "level": self.level.copy(),
-            "buffer_s": self.buffer_ms / 1000.0,
-            "throughput": self._throughput.copy(),
-            "delay_s": self._delay.copy(),
-            "next_bytes": self.video.chunk_bytes[rows],
-            "chunk": self.chunk.copy(),
-            "chunks_left": self.chunks - self.chunk,
-            "reward": reward,
-        }
+    def sample(self, observations: Observations, rng: np.random.Generator) -> Ints:
+        """Draw a level (N,) for every session, all with the same probability."""
+        return rng.integers(self.levels, size=len(observations["level"]))
