@@ -212,7 +212,7 @@ def test_batches_are_windows_of_recorded_sessions(small: AdaptiveBitrateData) ->
     assert len(small.dataset("train")) == 6 * 3 and len(small.dataset("valid")) == 3 * 3
     batch = next(iter(small.train_dataloader()))
     shapes = {name: tuple(value.shape) for name, value in batch.items()}
-    wide = {"throughput": (4, 20, 10), "delay_s": (4, 20, 10), "next_bytes": (4, 20, 6)}
+    wide = {"throughput": (4, 20, 10), "delay_s": (4, 20, 10), "next_bytes": (4, 20, 6), "upcoming_mb": (4, 20, 5, 6)}
     plain = ("action", "reward", "return_to_go", "step", "mask", "level", "buffer_s", "chunk", "chunks_left")
     assert shapes == wide | dict.fromkeys(plain, (4, 20))
     assert batch["step"].dtype == batch["action"].dtype == torch.int64 and batch["mask"].dtype == torch.bool
