@@ -27,6 +27,7 @@ from tasks.adaptive_bitrate.published_pool import read_published
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
 from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video, weights_folder
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
+from tasks.adaptive_bitrate.traces import with_starts
 
 OPTIMAL = "offline_optimal"
 CHUNK_COLUMNS = ("chunk", "bitrate", "buffer_s", "rebuffer_s", "chunk_bytes", "delay_ms", "sleep_ms", "reward")
@@ -65,6 +66,7 @@ class AdaptiveBitrateData(NetDataModule):
             it holds several).
         test_traces: Traces to test on, if others; a single file or folder is tested on as a whole.
         test_video: Video to test on, if another.
+        valid_starts: Validation sessions on each trace, from starts that are spread over it: few traces choose badly.
         mode: Whether validation and test sessions are as the traces say (fixed), or have random traces, starts and
             noise.
         data_dir: Folder that holds abr/; else NETLLM_DATA, else where `fetch` puts data.
@@ -102,6 +104,7 @@ class AdaptiveBitrateData(NetDataModule):
         video: str = "generated",
         test_traces: str | None = None,
         test_video: str | None = None,
+        valid_starts: int = 4,
         mode: Literal["fixed", "random"] = "fixed",
         data_dir: str | None = None,
         weights_dir: str | None = None,
@@ -120,7 +123,8 @@ class AdaptiveBitrateData(NetDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        for name, value in {"history": history, "window": window, "stride": stride or 1, "sessions": sessions}.items():
+        counts = {"history": history, "window": window, "sessions": sessions, "valid_starts": valid_starts}
+        for name, value in {**counts, "stride": stride or 1}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
@@ -128,7 +132,7 @@ class AdaptiveBitrateData(NetDataModule):
         self.root, self.weights_dir = data_root(data_dir), weights_dir
         self.history, self.lookahead = history, lookahead
         self.pool, self.experience, self.window, self.stride = pool, experience, window, stride
-        self.sessions = sessions
+        self.sessions, self.valid_starts = sessions, valid_starts
         self._read: dict[Any, Any] = {}
 
     def traces(self, split: str) -> Traces:
@@ -161,7 +165,10 @@ class AdaptiveBitrateData(NetDataModule):
             mode: fixed or random; null takes that of validation and test.
         """
         chosen: Any = mode or self.mode
-        return Simulator(self.traces(split), self.video(split), self.rules, chosen, self.history, self.lookahead)
+        traces = self.traces(split)
+        if split == "valid" and chosen == "fixed":
+            traces = with_starts(traces, self.valid_starts)
+        return Simulator(traces, self.video(split), self.rules, chosen, self.history, self.lookahead)
 
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy from its name: a baseline for the video of a split, a checkpoint's path, or a folder."""

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def select(traces: Traces, indices: Sequence[int] | Ints) -> Traces:
         traces.names[chosen], traces.sources[chosen], _starts([len(part) for part in rows]),
         traces.time_s[flat], traces.bandwidth_mbps[flat], traces.pointers[chosen],
     )  # fmt: skip
+
+
+def with_starts(traces: Traces, starts: int) -> Traces:
+    """Repeat every trace with start pointers that are spread evenly over it, from its own one on.
+
+    Args:
+        traces: Traces.
+        starts: How often.
+    """
+    repeated = select(traces, np.tile(np.arange(len(traces)), starts))  # the traces as they are come first
+    lengths = np.diff(repeated.starts) - 1  # pointers are 1 to the last sample
+    shifts = np.repeat(np.arange(starts), len(traces)) * lengths // starts
+    return replace(repeated, pointers=1 + (repeated.pointers - 1 + shifts) % lengths)
 
 
 def published_split(data_dir: Path, split: str) -> Traces:
