@@ -40,7 +40,7 @@ class DecisionTask(OfflineTask):
         returns: Condition on the return to go (Chen et al., 2021, arXiv:2106.01345).
         actions: Show earlier actions as tokens of their own.
         target_return: Return that is asked for in use; received rewards are subtracted from it.
-        return_scale: Returns are divided by it.
+        return_scale: Returns are divided by it, and cut to -2 to 2.
         sample: Draw actions from the softmax of the scores instead of taking the best.
         head_width: Hidden layer of the head; null is a single linear layer.
         rollout_every: Validations between two evaluations by rollout.
@@ -129,7 +129,8 @@ class DecisionTask(OfflineTask):
 
     def _wanted(self, returns: Tensor) -> Tensor:
         assert self.wanted is not None
-        scaled = (returns / self.return_scale).float().unsqueeze(-1).unsqueeze(-1)
+        # A long outage costs thousands; how many does not matter.
+        scaled = (returns / self.return_scale).clamp(-2, 2).float().unsqueeze(-1).unsqueeze(-1)
         tokens: Tensor = self.wanted(scaled)
         return tokens
 

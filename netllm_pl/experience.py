@@ -3,7 +3,7 @@
 `netllm_pl.pool_format` says how the files look. Shapes: B windows in a batch, W steps of a window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from netllm_pl.rollout import Array
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["Pool", "PoolWriter", "Windows", "read_pool"]
+__all__ = ["Pool", "PoolWriter", "Together", "Windows", "read_pool"]
 
 
 class Pool:
@@ -128,6 +128,43 @@ class Windows:
                 batch[name] = _tensor(values, self.pool.columns[name].dtype)
                 batch[f"{name}_length"] = _tensor(_spread(lengths, mask))
         return batch
+
+
+class Together:
+    """Windows of several pools as one data set.
+
+    Args:
+        parts: Windows of equal length from pools with the same columns.
+
+    Raises:
+        UserError: The columns of the pools differ.
+    """
+
+    def __init__(self, parts: Sequence[Windows]) -> None:
+        self.parts = parts
+        self._edges: Rows = np.cumsum([0, *(len(part) for part in parts)])
+        first = parts[0].pool
+        for part in parts[1:]:
+            if part.pool.columns != first.columns:
+                raise UserError(
+                    f"the pools {first.folder} and {part.pool.folder} have different columns; collect both with the "
+                    "same settings of the data, and both with --values or both without"
+                )
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return int(self._edges[-1])
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """Gather windows, as `Windows` does; those of one pool are neighbours."""
+        chosen = np.asarray(indices, np.int64)
+        which = np.searchsorted(self._edges, chosen, side="right") - 1
+        taken = [
+            part[(chosen[which == number] - self._edges[number]).tolist()]
+            for number, part in enumerate(self.parts)
+            if (which == number).any()
+        ]
+        return {name: torch.cat([batch[name] for batch in taken]) for name in taken[0]}
 
 
 def read_pool(folder: Path | str, task: str | None = None) -> Pool:

@@ -17,7 +17,7 @@ import torch
 
 from netllm_pl import pool_format, pool_steps
 from netllm_pl.errors import UserError
-from netllm_pl.experience import Pool, PoolWriter, Windows, read_pool
+from netllm_pl.experience import Pool, PoolWriter, Together, Windows, read_pool
 from netllm_pl.pool_format import file_sha256
 from netllm_pl.rollout import Rollout
 
@@ -205,6 +205,17 @@ def test_windows_of_chosen_episodes(tmp_path: Path) -> None:
     assert set((batch["where"][batch["mask"]] // 100).tolist()) == {5, 6, 7, 8, 9}
     with pytest.raises(UserError, match="window is 0"):
         Windows(pool, 0)
+
+
+def test_several_pools_are_one_data_set(tmp_path: Path) -> None:
+    parts = [Windows(read_pool(write(tmp_path / name, parts=count)), 4) for name, count in (("a", 1), ("b", 2))]
+    both, first = Together(parts), len(parts[0])
+    assert len(both) == first + len(parts[1])
+    alone = [parts[0][[0, 3]], parts[1][[5, 0]]]
+    for name, values in both[[0, first + 5, 3, first]].items():
+        assert torch.equal(values, torch.cat([batch[name] for batch in alone]))
+    with pytest.raises(UserError, match="different columns"):
+        Together([parts[0], Windows(read_pool(write(tmp_path / "c", ragged=True)), 4)])
 
 
 @pytest.mark.parametrize("positional", [True, False], ids=["positional", "mapped"])

@@ -17,7 +17,7 @@ import torch
 from netllm_pl.data import Batch, BatchedDataset, NetDataModule
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
-from netllm_pl.experience import Windows, read_pool
+from netllm_pl.experience import Together, Windows, read_pool
 from netllm_pl.paths import data_root
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.rollout import Policy, Rollout, rollout
@@ -76,7 +76,7 @@ class AdaptiveBitrateData(NetDataModule):
         synthetic: The generator's settings.
         history: Samples of history in an observation.
         lookahead: Chunks whose sizes are in an observation, from the next one on.
-        pool: Folder of training experience that `collect` wrote; null records it as ``experience`` says.
+        pool: Folder of training experience that `collect` wrote, or several; null records it as ``experience`` says.
         experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
             learners that play themselves, gives numbers of sessions in place of recorded steps.
         window: Steps of a window of experience.
@@ -112,7 +112,7 @@ class AdaptiveBitrateData(NetDataModule):
         synthetic: SyntheticTraces = SyntheticTraces(),  # noqa: B008  # frozen
         history: int = 10,
         lookahead: int = 5,
-        pool: str | None = None,
+        pool: str | list[str] | None = None,
         experience: Experience | None = Experience(),  # noqa: B008  # frozen
         window: int = 20,
         stride: int | None = None,
@@ -131,7 +131,8 @@ class AdaptiveBitrateData(NetDataModule):
         self.protocol, self.mode, self.rules, self.synthetic = protocol, mode, rules, synthetic
         self.root, self.weights_dir = data_root(data_dir), weights_dir
         self.history, self.lookahead = history, lookahead
-        self.pool, self.experience, self.window, self.stride = pool, experience, window, stride
+        self.pools = [pool] if isinstance(pool, str) else pool
+        self.experience, self.window, self.stride = experience, window, stride
         self.sessions, self.valid_starts = sessions, valid_starts
         self._read: dict[Any, Any] = {}
 
@@ -213,16 +214,15 @@ class AdaptiveBitrateData(NetDataModule):
 
     def dataset(self, split: str) -> BatchedDataset:
         """Return windows of experience, or numbers of sessions."""
-        if self.experience is None and self.pool is None:
+        if self.experience is None and not self.pools:
             return Sessions(self.sessions if split == "train" else len(self.traces(split)))
         experience = self.experience or Experience()
-        if self.pool is not None:
-            pool = read_pool(self.pool, type(self).__name__)
-            if split != "train":
-                experience = replace(experience, values=pool.manifest["made_by"].get("values"))
-        if self.pool is None or split != "train":
-            pool = recorded(self, experience, split, self._content(split))
-        return Windows(pool, self.window, self.stride if split == "train" else None)
+        pools = [read_pool(folder, type(self).__name__) for folder in self.pools or []]
+        if pools and split != "train":
+            experience = replace(experience, values=pools[0].manifest["made_by"].get("values"))
+        if not pools or split != "train":
+            pools = [recorded(self, experience, split, self._content(split))]
+        return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
 
     def convert(self, file: Path) -> Iterator[Rollout]:
         """Read the episodes of an experience pool that NetLLM's program wrote."""

@@ -5,16 +5,16 @@ Shapes: N sessions side by side, T chunks of a session, S columns of the state, 
 
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from netllm_pl.acting import ActingTask
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
 from netllm_pl.rollout import Array, Observations, Policy, rollout
-from netllm_pl.task import NetTask, OptimizerConfig
+from netllm_pl.task import OptimizerConfig
 from tasks.adaptive_bitrate.data import AdaptiveBitrateData
 from tasks.adaptive_bitrate.pensieve import Pensieve as PensievePolicy
 from tasks.adaptive_bitrate.pensieve import PensieveActor, pensieve_state
@@ -22,7 +22,7 @@ from tasks.adaptive_bitrate.simulator import Video
 from tasks.adaptive_bitrate.videos import PUBLISHED_LADDER
 
 
-class Pensieve(NetTask):
+class Pensieve(ActingTask):
     """Pensieve's network (Mao et al., SIGCOMM 2017), trained by playing: PPO (Schulman et al., 2017, arXiv:1707.06347).
 
     A training step plays a batch of sessions with random traces, starts and noise, and learns from them for some
@@ -77,14 +77,6 @@ class Pensieve(NetTask):
     def as_policy(self) -> Policy:
         """Take the likeliest action."""
         return PensievePolicy(self.net, self.video)
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Add the evaluation by rollout, unless the trainer has one of its own."""
-        from callbacks.rollout import RolloutEvaluation
-
-        trainer: Any = self.trainer
-        own = any(isinstance(callback, RolloutEvaluation) for callback in trainer.callbacks)
-        return [*super().configure_callbacks(), *([] if own else [RolloutEvaluation()])]
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
