@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from gymnasium.utils.env_checker import check_env
-from plain_streaming import PlainSession, plain_session
 
 from netllm_pl.errors import UserError
 from tasks.adaptive_bitrate.environment import AdaptiveBitrateEnv
+from tasks.adaptive_bitrate.plain import PlainSession, plain_session
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
 from tasks.adaptive_bitrate.traces import published_split, select

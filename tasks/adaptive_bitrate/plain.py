@@ -1,10 +1,8 @@
-"""The rules of streaming once more, one session in plain Python: what the batched simulator is compared with.
+"""The rules of streaming once more, to be read: one session in plain Python, chunk by chunk.
 
-``python -m tests.plain_streaming`` measures the speed of both on one core, side by side, in processor time, so that
-a busy machine changes little.
+Nothing plays with it. The tests compare the batched simulator with it number by number, the benchmark in speed.
 """
 
-import time
 from collections.abc import Callable
 from math import ceil
 from typing import Any
@@ -12,12 +10,27 @@ from typing import Any
 import numpy as np
 
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video, uniform
-from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
-from tasks.adaptive_bitrate.videos import generated_video
 
 
 class PlainSession:
-    """One video over one trace, with a history kept as the published program keeps its own: rolled arrays."""
+    """One video over one trace, with a history kept as the published program keeps its own: rolled arrays.
+
+    The first chunk is downloaded at once, as by `Simulator.reset`.
+
+    Args:
+        traces: Bandwidths.
+        trace: Which of them is played.
+        video: What is streamed.
+        rules: How, and what it is worth.
+        noise: Factor on the download time of a chunk (its index is given).
+        scale: Factor on the bandwidth.
+        start: Sample, at least 1, in whose interval the session starts; null takes the trace's own.
+        history: Samples of history in an observation.
+
+    Attributes:
+        observation: What a policy sees, named as by `Simulator.reset`.
+        info: What happened to the last chunk, named as by `Simulator.step`.
+    """
 
     def __init__(
         self,
@@ -31,8 +44,8 @@ class PlainSession:
         history: int = 10,
     ) -> None:
         rows = slice(traces.starts[trace], traces.starts[trace + 1])
-        self.times = traces.time_s[rows].tolist()
-        self.mbps = [value * scale for value in traces.bandwidth_mbps[rows].tolist()]
+        self.times: list[float] = traces.time_s[rows].tolist()
+        self.mbps: list[float] = [value * scale for value in traces.bandwidth_mbps[rows].tolist()]
         self.pointer = int(traces.pointers[trace] if start is None else start)
         self.clock = self.times[self.pointer - 1]
         self.sizes, self.ladder = video.chunk_bytes.tolist(), video.ladder_kbps.tolist()
@@ -40,7 +53,7 @@ class PlainSession:
         self.rules, self.noise = rules or Rules(), noise
         self.chunks = min(self.rules.chunks or len(self.sizes), len(self.sizes))
         self.chunk, self.level, self.buffer = 0, self.rules.first_level, 0.0
-        self.history = np.zeros((2, history))
+        self.history = np.zeros((2, history))  # throughput (MB/s) and download times (s)
         self.step(self.level)
         self.observation["reward"] = 0.0
 
@@ -81,6 +94,7 @@ class PlainSession:
             self._next_interval()
 
     def step(self, level: int) -> tuple[dict[str, Any], float, bool, dict[str, Any]]:
+        """Download the next chunk at a level; return observation, reward, whether the video is over, and info."""
         size = self.sizes[self.chunk][level]
         delay = self._download(size) * self.noise(self.chunk)
         rebuffer = max(delay - self.buffer, 0.0)
@@ -133,40 +147,3 @@ def plain_session(simulator: Simulator, seed: int) -> PlainSession:
         simulator.traces, trace, simulator.video, simulator.rules, noise, float(simulator.scale[0]), pointer,
         simulator.history,
     )  # fmt: skip
-
-
-def _batched_rate(simulator: Simulator, sessions: int) -> float:
-    """Steps a second of all sessions together, the best of five runs."""
-    levels = np.random.default_rng(0).integers(0, simulator.levels, (simulator.chunks - 1, sessions))
-    seeds, best = np.arange(sessions), np.inf
-    for _ in range(6):  # the first one compiles
-        start, steps = time.process_time(), 0
-        while steps < 500_000:
-            simulator.reset(seeds)
-            for row in levels:
-                simulator.step(row)
-            steps += levels.size
-        best = min(best, (time.process_time() - start) / steps)
-    return 1 / best
-
-
-def _plain_rate(simulator: Simulator) -> float:
-    levels = np.random.default_rng(0).integers(0, simulator.levels, (100, simulator.chunks - 1)).tolist()
-    best = np.inf
-    for _ in range(5):
-        start = time.process_time()
-        for trace, row in enumerate(levels):
-            session = PlainSession(simulator.traces, trace, simulator.video)
-            for level in row:
-                session.step(level)
-        best = min(best, (time.process_time() - start) / np.size(levels))
-    return 1 / best
-
-
-if __name__ == "__main__":
-    sim = Simulator(generate(SyntheticTraces(traces=100), "test"), generated_video())
-    plain = _plain_rate(sim)
-    print(f"plain Python      {plain:12,.0f} steps/s")
-    for n in (1, 100, 1000):
-        rate = _batched_rate(sim, n)
-        print(f"batched, N = {n:<5d}{rate:12,.0f} steps/s  {rate / plain:6.0f} x")
