@@ -10,7 +10,9 @@ from jsonargparse import Namespace
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import Parser
 
-IGNORED = ("model", "trainer", "ckpt_path", "weights_only", "run_dir", "save_every")
+UNUSED = ("trainer", "ckpt_path", "weights_only", "run_dir", "save_every")
+"""Parts of a config of `fit` of which other commands build nothing."""
+IGNORED = ("model", *UNUSED)
 """Parts of a config of `fit` that `evaluate` and `collect` have no use for."""
 
 
@@ -56,6 +58,40 @@ def collect(args: list[str]) -> None:
     print(collecting.summary(config.out))
 
 
+def benchmark(args: list[str]) -> None:
+    """Measure training, decisions or predictions, and the task's simulator, beside what this machine can do at most."""
+    from netllm_pl.benchmark import check, run
+    from netllm_pl.run import prepare
+    from netllm_pl.sources import read_sources
+
+    parser = _task_parser("benchmark", benchmark.__doc__, runs_model=True)
+    parser.add_argument(
+        "--backbone", type=str | None, default=None,
+        help="a file such as configs/llm/smollm2_135m.yaml in place of the config's: --model.init_args.backbone",
+    )  # fmt: skip
+    parser.add_argument("--random_weights", type=bool, default=False, help="draw the backbone's weights; as fast")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--repeats", type=int | None, default=None, help="behind each median; null: 5, 2 with --quick")
+    parser.add_argument("--quick", action="store_true", help="measure for a shorter time, and fewer episodes")
+    parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
+    words = [f"--model.init_args.{word[2:]}" if word.partition("=")[0] == "--backbone" else word for word in args]
+    config = parser.read(words)
+    repeats = (2 if config.quick else 5) if config.repeats is None else config.repeats
+    check(config.out, repeats)
+    if config.random_weights:
+        _draw_weights(config.model)
+    noted = {name: _plain(config[name].as_dict()) for name in ("model", "data")}
+    trainer: dict[str, Any] = {}
+    for source in read_sources(words):  # what the parser makes of --trainer.precision is no mapping
+        trainer |= source.tree.get("trainer") or {}
+    for unused in UNUSED:
+        config.pop(unused)
+    prepare()
+    _seed(config.seed_everything)
+    built = parser.instantiate(config)
+    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted)
+
+
 def export(args: list[str]) -> None:
     """Write a checkpoint as a folder to take away: PEFT adapter, encoder_head.safetensors, config.yaml."""
     parser = _parser("export", export.__doc__)
@@ -79,16 +115,20 @@ def fetch(args: list[str]) -> None:
     print(f"{config.name} is at {fetching.fetch(config.name, config.data_dir, config.url)}")
 
 
-def _task_parser(name: str, description: str | None) -> Parser:
-    """Parser of a command that takes a task's config and uses its data."""
+def _task_parser(name: str, description: str | None, runs_model: bool = False) -> Parser:
+    """Parser of a command that takes a task's config and uses its data, and its model if it runs that."""
     from netllm_pl.data import NetDataModule
     from netllm_pl.discovery import discover
+    from netllm_pl.task import NetTask
 
     discover()
     parser = _parser(name, description)
-    parser.add_argument("-c", "--config", action="config", help="YAML of a task; only its data part is used")
+    used = "model and data, and the trainer's accelerator and precision, are" if runs_model else "only its data part is"
+    parser.add_argument("-c", "--config", action="config", help=f"YAML of a task; {used} used")
     parser.add_subclass_arguments(NetDataModule, "data", required=True)
-    for ignored in IGNORED:
+    if runs_model:
+        parser.add_subclass_arguments(NetTask, "model", required=True)
+    for ignored in UNUSED if runs_model else IGNORED:
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
     return parser
 
@@ -100,6 +140,21 @@ def _with_data(parser: Parser, args: list[str], seed: Callable[[Namespace], int 
         config.pop(ignored)  # else jsonargparse builds every class that they name
     _seed(seed(config))
     return config, parser.instantiate(config).data
+
+
+def _plain(tree: Any) -> Any:
+    """Leave out what jsonargparse notes for itself, such as where a part was read from."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _plain(value) for name, value in tree.items() if not name.startswith("__")}
+
+
+def _draw_weights(model: Namespace) -> None:
+    """Let the backbone of a model's config have random weights."""
+    backbone = model.init_args.get("backbone")
+    if backbone is None:
+        raise UserError(f"{model.class_path.rpartition('.')[2]} has no backbone; leave out --random_weights")
+    backbone.pretrained = False
 
 
 def _parser(name: str, description: str | None) -> Parser:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from netllm_pl.evaluate import Metric
+    from netllm_pl.timing import Work
 
 Batch = dict[str, Tensor]
 SPLITS = ("train", "valid", "test")
@@ -177,6 +178,13 @@ class NetDataModule(pl.LightningDataModule, ABC):
     def convert(self, file: Path) -> Iterable[Rollout]:
         """Read the episodes of a pool that another program published, with observations as `simulator` gives them."""
         raise UserError(f"{type(self).__name__} reads no published pools; {file} cannot be converted")
+
+    def benchmarks(self) -> "dict[str, Work]":
+        """List what `benchmark` measures beside the task itself, such as the speed of a simulator; by default nothing.
+
+        Names are parts of a JSON file: letters, digits and underscores.
+        """
+        return {}
 
     def loader(self, split: str) -> Loader:
         """Make the loader of a split: the one factory behind all of them."""

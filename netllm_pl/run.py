@@ -174,11 +174,16 @@ class _SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
-def run(args: list[str]) -> None:
-    """Run one of Lightning's commands."""
+def prepare() -> None:
+    """Silence what is expected, and let large matrix products be fast: as every command that trains runs."""
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{expected}")
     for noisy in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     torch.set_float32_matmul_precision("high")
+
+
+def run(args: list[str]) -> None:
+    """Run one of Lightning's commands."""
+    prepare()
     CLI(args)

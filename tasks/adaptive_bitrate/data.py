@@ -21,6 +21,7 @@ from netllm_pl.experience import Together, Windows, read_pool
 from netllm_pl.paths import data_root
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.rollout import Policy, Rollout, rollout
+from netllm_pl.timing import Work
 from tasks.adaptive_bitrate.baselines import NAMES, build
 from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
 from tasks.adaptive_bitrate.published_pool import read_published
@@ -178,6 +179,12 @@ class AdaptiveBitrateData(NetDataModule):
         if name in NAMES:
             return build(name, self.video(split), self.rules, weights_folder(self.weights_dir, self.root), self.seed)
         return super().policy(name)
+
+    def benchmarks(self) -> dict[str, Work]:
+        """List the simulator's speed beside plain Python, decisions of RobustMPC, and hindsight labels."""
+        from tasks.adaptive_bitrate.speed import works  # imported late: nothing else needs the plain rules
+
+        return works(Simulator(self.traces("test"), self.video("test"), self.rules, "fixed", self.history))
 
     def label(self, env: Any, values: str) -> Hindsight:
         """Add hindsight values of all levels to each step of a simulator."""

@@ -1,0 +1,180 @@
+"""Measures a task in one run: training, decisions or predictions, the task's own works, and the machine's ceilings.
+
+The file holds ``environment``, ``settings``, ``model``, ``training``, ``decision`` and ``rollout`` (tasks that act) or
+``prediction`` (others), ``works`` (what `NetDataModule.benchmarks` lists), ``ceilings`` and ``ratios``. Names end in
+units; a median has a ``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from netllm_pl.acting import ActingTask
+from netllm_pl.data import NetDataModule
+from netllm_pl.errors import UserError
+from netllm_pl.machine import can_write, ceilings, environment
+from netllm_pl.paths import atomic
+from netllm_pl.progress import status
+from netllm_pl.speed import decisions, many_episodes, predictions, training
+from netllm_pl.task import NetTask
+from netllm_pl.timing import Entry, Work, measure, ratio
+
+FORMAT = 1
+TRAINER = ("accelerator", "precision", "gradient_clip_val")
+"""What of a config's trainer counts for the speed of a step."""
+ABOUT = ("format", "environment", "settings", "ratios")
+"""Parts of the file that the table leaves out, or prints in its own way."""
+
+
+def run(
+    task: NetTask,
+    data: NetDataModule,
+    out: Path,
+    repeats: int = 5,
+    quick: bool = False,
+    trainer: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Entry:
+    """Measure, write the file, print a table and where the file lies.
+
+    Args:
+        task: What is trained and asked; its weights change.
+        data: Its data.
+        out: The JSON file.
+        repeats: Measurements behind each median.
+        quick: Measure for a shorter time, and fewer episodes.
+        trainer: The trainer's part of a config, of which `TRAINER` counts.
+        config: What to note as the configuration.
+
+    Returns:
+        What the file holds.
+    """
+    check(out, repeats)
+    settings = {name: value for name, value in (trainer or {}).items() if name in TRAINER and value is not None}
+    threads = torch.get_num_threads()
+    with status("reading the data, recording experience"):
+        len(data.dataset("train"))  # not part of the first step
+        works = data.benchmarks()
+    torch.set_num_threads(threads)  # numba's parallel loops set it to their own
+    with status("training"):
+        trained, device = training(task, data, repeats, quick, settings)
+    found: Entry = {
+        "format": FORMAT,
+        "environment": environment(device),
+        "settings": {"repeats": repeats, "quick": quick, "trainer": settings, "config": _noted(config)},
+        "model": describe(task),
+        "training": trained,
+    }
+    task.to(device).eval()  # the trainer has put it back on the CPU
+    if isinstance(task, ActingTask):
+        with status("single decisions"):
+            found["decision"] = decisions(task, data, repeats)
+        with status("many episodes"):
+            found["rollout"] = many_episodes(task, data, 20 if quick else 100, repeats)
+    else:
+        with status("predictions"):
+            found["prediction"] = predictions(task, data, repeats, quick)
+    with status("the machine"):
+        dtype = torch.float32 if task.backbone is None else task.backbone.dtype
+        found["ceilings"] = ceilings(device, dtype, repeats, quick)
+    if task.backbone is not None:  # each answer reads all of its weights
+        found["ceilings"]["weights_read_ms"] = 1000 * found["model"]["backbone_gb"] / found["ceilings"]["copy_gb_per_s"]
+    with status("the task's own works"):
+        found["works"] = measure(works, repeats, 0.1 if quick else 1.0)
+    torch.set_num_threads(threads)
+    found["ratios"] = ratios(found, works)
+    with atomic(out) as temporary:
+        temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    print_table(found)
+    print(f"wrote {out}")
+    return found
+
+
+def check(out: Path, repeats: int) -> None:
+    """Refuse what would fail only after everything has been measured.
+
+    Raises:
+        UserError: Nothing can be written there, or there is nothing to take a median of.
+    """
+    if repeats < 1:
+        raise UserError(f"--repeats is {repeats}; it must be at least 1")
+    if not can_write(out):
+        raise UserError(f"--out {out} cannot be written: give the path of a file, such as results/benchmark.json")
+
+
+def describe(task: NetTask) -> Entry:
+    """Say what is measured: class, and size of the language model."""
+    found: Entry = {"task": type(task).__name__, "trained_parameters": _count(task, trained=True)}
+    if task.backbone is not None:
+        config, model = task.backbone.config, task.backbone.model
+        found |= {
+            "backbone": config.name,
+            "backbone_pretrained": config.pretrained,
+            "backbone_layers": config.layers,
+            "backbone_dtype": str(task.backbone.dtype).removeprefix("torch."),
+            "backbone_parameters": _count(model),
+            "backbone_gb": sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 1e9,
+        }
+    return found
+
+
+def ratios(found: Mapping[str, Any], works: Mapping[str, Work]) -> Entry:
+    """Divide what belongs together; a ratio whose parts were not measured is left out."""
+    wanted = {
+        "training_to_matmul": ("training.tflop_per_s", "ceilings.matmul_tflop_per_s"),
+        "recomputation_to_streaming": ("decision.full_recomputation.median_ms", "decision.streaming.median_ms"),
+        "decision_to_weights_read": ("decision.streaming.median_ms", "ceilings.weights_read_ms"),
+        "prediction_to_weights_read": ("prediction.single.median_ms", "ceilings.weights_read_ms"),
+    }
+    for name, work in works.items():
+        if work.beside is not None:
+            other = works[work.beside]
+            places = (f"works.{name}.{work.unit}_per_s", f"works.{work.beside}.{other.unit}_per_s")
+            wanted[f"{name}_to_{work.beside}"] = places
+    known = {place for place, _ in leaves(found)}
+    return {name: ratio(found, *places) for name, places in wanted.items() if known.issuperset(places)}
+
+
+def leaves(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is measured with its place, with dots."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def print_table(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the medians and, below, the ratios."""
+    console = console or Console()
+    about = found["environment"]
+    table = Table(title=f"{about['device']}, torch {about['torch']}, threads: {about['torch_threads']}")
+    table.add_column("measured", no_wrap=True)
+    table.add_column("median", justify="right")
+    table.add_column("spread", justify="right")
+    places = dict(leaves({name: part for name, part in found.items() if name not in ABOUT}))
+    for place, value in places.items():
+        if isinstance(value, float):
+            low, high = places.get(f"{place}_range", (None, None))
+            table.add_row(place, _number(value), "" if low is None else f"{100 * (high - low) / value:.0f} %")
+    console.print(table)
+    for entry in found["ratios"].values():
+        console.print(f"{entry['of']} / {entry['to']} = {_number(entry['ratio'])}", soft_wrap=True, highlight=False)
+
+
+def _noted(config: Mapping[str, Any] | None) -> Any:
+    """Write as text what JSON cannot hold, such as an infinite number."""
+    return json.loads(json.dumps(config, default=str), parse_constant=str)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _count(module: torch.nn.Module, trained: bool = False) -> int:
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad or not trained)

@@ -1,0 +1,215 @@
+"""How fast a task trains, decides and predicts.
+
+Shapes: B batch, T tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+
+from netllm_pl.acting import ActingTask, evaluating
+from netllm_pl.backbone import Backbone
+from netllm_pl.data import Batch, NetDataModule
+from netllm_pl.decision import DecisionTask
+from netllm_pl.errors import UserError
+from netllm_pl.machine import peak_memory
+from netllm_pl.rollout import Array, Observations, Policy, rollout
+from netllm_pl.task import NetTask
+from netllm_pl.timing import Entry, Work, latency, measure, now, rate, seconds_of
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+class StepTimer(Callback):
+    """Times the steps of `fit` in blocks, and ends it when there are enough.
+
+    Args:
+        repeats: Blocks.
+        warmup: Steps before them.
+        least_s: A block ends at the first step after that many seconds.
+    """
+
+    def __init__(self, repeats: int, warmup: int, least_s: float) -> None:
+        self.repeats, self.warmup, self.least_s = repeats, warmup, least_s
+        self.steps = self.samples = self.tokens = 0
+        self.first_s = 0.0
+        self.blocks: list[tuple[float, int, int, int]] = []  # seconds, steps, samples, tokens
+        self.device = torch.device("cpu")
+
+    def start(self) -> None:
+        """Start the clock: what follows is waited for until the first step."""
+        self.clock = now()
+
+    def count_tokens(self, module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """Count what the language model reads, padding too (a hook before its forward)."""
+        tokens = args[0] if args else named["tokens"]
+        self.tokens += tokens.shape[0] * tokens.shape[1]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count a step; at the end of a block note it."""
+        self.steps += 1
+        self.samples += len(next(iter(batch.values())))
+        if self.steps == 1:
+            self.first_s, self.device = now() - self.clock, pl_module.device
+        if self.steps == self.warmup:
+            self._restart()
+        if self.steps <= self.warmup or now(wait=False) - self.clock < self.least_s:
+            return
+        self.blocks.append((now() - self.clock, self.steps - self.before, self.samples, self.tokens))
+        self._restart()
+        trainer.should_stop = len(self.blocks) == self.repeats
+
+    def _restart(self) -> None:
+        self.samples = self.tokens = 0
+        self.before, self.clock = self.steps, now()
+
+
+def training(
+    task: NetTask, data: NetDataModule, repeats: int, quick: bool, settings: Mapping[str, Any]
+) -> tuple[Entry, torch.device]:
+    """Train as `fit` does, without validation, logs and checkpoints; return what was measured, and where.
+
+    ``tflop_per_s`` counts two operations a weight and token in the forward pass, two more for the gradients of
+    activations, and two more for those of the weights that learn; attention itself, encoder and head are left out.
+    """
+    timer = StepTimer(repeats, warmup=2 if quick else 5, least_s=0.5 if quick else 2.0)
+    trainer = _trainer(timer, settings)
+    hook: RemovableHandle | None = None
+    if task.backbone is not None:
+        hook = task.backbone.register_forward_pre_hook(timer.count_tokens, with_kwargs=True)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    timer.start()
+    try:
+        trainer.fit(task, datamodule=data)
+    except torch.OutOfMemoryError as error:
+        cure = "give a smaller --data.init_args.batch_size, or --model.init_args.backbone.checkpointing true"
+        raise UserError(f"training ran out of memory; {cure}") from error
+    finally:
+        if hook is not None:
+            hook.remove()
+    seconds, steps, samples, tokens = (np.array(column) for column in zip(*timer.blocks, strict=True))
+    found: Entry = {
+        "first_step_s": timer.first_s,
+        "batch_samples": int(samples[0] // steps[0]),
+        "steps_measured": int(steps.sum()),
+        **rate((steps / seconds).tolist(), "steps"),
+        **rate((samples / seconds).tolist(), "samples"),
+    }
+    if task.backbone is not None:
+        found["tokens_per_sample"] = float(tokens.sum() / samples.sum())
+        found |= rate((tokens / seconds).tolist(), "tokens")
+        found |= rate((tokens / seconds * flop_per_token(task.backbone) / 1e12).tolist(), "tflop")
+    return found | peak_memory(timer.device), timer.device
+
+
+def flop_per_token(backbone: Backbone) -> int:
+    """Operations of a training step for a token: 4 a frozen weight, 6 a weight that learns."""
+    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in backbone.model.parameters())
+
+
+def _trainer(timer: StepTimer, settings: Mapping[str, Any]) -> Trainer:
+    try:
+        return Trainer(
+            devices=1,
+            max_epochs=-1,
+            max_steps=10**9,  # the timer ends it
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[timer],
+            **settings,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+# Use ------------------------------------------------------------------------------------------------------------------
+
+
+class Timed:
+    """A policy that notes how long each decision takes.
+
+    Args:
+        policy: Who decides.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.seconds: list[float] = []
+
+    def reset(self, n: int) -> None:
+        """Begin n episodes."""
+        self.policy.reset(n)
+
+    def act(self, observations: Observations) -> Array:
+        """Decide."""
+        actions: list[Array] = []
+        self.seconds.append(seconds_of(lambda: actions.append(self.policy.act(observations))))
+        return actions[0]
+
+
+def decisions(task: ActingTask, data: NetDataModule, repeats: int) -> Entry:
+    """Time every decision of single episodes, one a repeat, after an episode that does not count.
+
+    A task that decides with a language model is also timed as a policy without a cache of keys and values pays:
+    ``full_recomputation`` runs the whole episode so far for each decision.
+    """
+    kinds: dict[str, Callable[[], Policy]] = {"streaming": task.as_policy}
+    if isinstance(task, DecisionTask):
+        kinds["full_recomputation"] = partial(task.as_policy, streaming=False)
+    env = data.simulator("test", "fixed")
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for repeat in range(-1, repeats):
+        for name, make in kinds.items():
+            timed = Timed(make())
+            rollout(env, timed, [max(repeat, 0)])
+            seconds[name] += timed.seconds if repeat >= 0 else []
+    return {name: latency(measured) for name, measured in seconds.items()}
+
+
+def many_episodes(task: ActingTask, data: NetDataModule, episodes: int, repeats: int) -> Entry:
+    """Time episodes that are played side by side, simulator included."""
+    env = data.simulator("test", "fixed")
+
+    def play() -> float:
+        return float(rollout(env, task.as_policy(), range(episodes)).alive.sum())
+
+    work = {"rollout": Work("decisions", play)}
+    return {"episodes": episodes} | measure(work, repeats, 0.0)["rollout"]
+
+
+def predictions(task: NetTask, data: NetDataModule, repeats: int, quick: bool) -> Entry:
+    """Time predictions of single samples of the test split, and of whole batches."""
+    test = data.dataset("test")
+
+    def samples(indices: range) -> Batch:
+        return {name: value.to(task.device) for name, value in test[list(indices)].items()}
+
+    with evaluating(task), torch.inference_mode():
+        ones = [samples(range(k, k + 1)) for k in range(min(len(test), 10))]
+        for one in ones:
+            task.predict_step(one, 0)
+        measured = [
+            seconds_of(partial(task.predict_step, one, 0)) for _ in range(repeats * (1 if quick else 5)) for one in ones
+        ]
+        batch = samples(range(min(len(test), data.eval_batch_size)))
+        size = len(next(iter(batch.values())))
+
+        def predict() -> float:
+            task.predict_step(batch, 0)
+            return size
+
+        rates = measure({"batch": Work("predictions", predict)}, repeats, 0.1 if quick else 1.0)["batch"]
+    return {"single": latency(measured), "batched": {"batch_samples": size} | rates}
