@@ -35,6 +35,10 @@ LORA_TARGETS: dict[str, list[str]] = {
 """Attention inputs by architecture; all others name them q_proj and v_proj (Llama, Mistral, Qwen, OPT ...)."""
 
 
+POSITIONS = ("wpe", "embed_positions")
+"""What GPT-2 (and its kin) and OPT call their learned position vectors; other models compute theirs."""
+
+
 @dataclass(frozen=True)
 class LoRA:
     """Low-rank adaptation of linear layers (Hu et al., 2021, arXiv:2106.09685).
@@ -100,6 +104,7 @@ class Backbone(nn.Module):
         d_model: Size of a token vector that goes in.
         d_hidden: Size of a hidden state that comes out (equal to d_model for nearly all models).
         token_scale: Root mean square of the word embedding, the scale that the first layer expects.
+        places: Length that it can read, if its positions are learned vectors; else None.
         fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16.
     """
 
@@ -116,6 +121,7 @@ class Backbone(nn.Module):
         self.token_scale = float(weight.float().square().mean().sqrt())
         self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ENCODERS
         model.set_input_embeddings(nn.Identity())
+        self.places = _places(model)
         self.fingerprint = fingerprint_of(model)
         if not config.pretrained:
             _cast(model, config.torch_dtype())
@@ -151,6 +157,8 @@ class Backbone(nn.Module):
             (B, T, d_hidden) float32 last hidden states.
         """
         extra: dict[str, Any] = {}
+        if self.places is not None:
+            self._check_places(tokens.shape[1], cache, positions)
         if self.causal:
             extra = {"use_cache": cache is not None, "past_key_values": cache}
         elif cache is not None:
@@ -161,6 +169,17 @@ class Backbone(nn.Module):
         output = self.model(inputs_embeds=tokens.to(self.dtype), attention_mask=attention, **extra)
         hidden: Tensor = output.last_hidden_state
         return hidden.float()
+
+    def _check_places(self, length: int, cache: Cache | None, positions: Tensor | None) -> None:
+        """Refuse sequences that are longer than a model with learned positions can read."""
+        cached = 0 if cache is None else cache.get_seq_length()
+        last = cached + length - 1 if positions is None else int(positions.max())
+        assert self.places is not None
+        if last >= self.places:
+            raise UserError(
+                f"backbone {self.config.name} has learned positions for {self.places} tokens, token {last + 1} came;"
+                " take shorter sequences or a model with rotary positions such as smollm2-135m"
+            )
 
     def _visible(self, mask: Tensor) -> Tensor:
         """Say which tokens each token sees in the way that the attention implementation understands."""
@@ -281,6 +300,14 @@ def _adapt(model: PreTrainedModel, lora: LoRA) -> nn.Module:
         names = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(f"backbone.lora.targets {targets} fit no layer; there are: {', '.join(names)}") from error
     return adapted
+
+
+def _places(model: nn.Module) -> int | None:
+    """Return how many positions a model has learned vectors for; None if it computes them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in POSITIONS:
+            return module.num_embeddings - int(getattr(module, "offset", 0))  # OPT's first two are not used
+    return None
 
 
 def fingerprint_of(model: nn.Module) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from netllm_pl.acting import Objective, OfflineTask, evaluating
+from netllm_pl.acting import Objective, OfflineTask, check_columns, evaluating
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.encoders import TokenNorm
@@ -119,6 +119,8 @@ class DecisionTask(OfflineTask):
 
     def _tokens(self, batch: Batch) -> tuple[Tensor, int]:
         """All tokens (B, W, K, d_model), and which of a step's tokens answers."""
+        read = {"step": True, "return_to_go": self.wanted is not None, "action": self.taken is not None}
+        check_columns(batch, [name for name, needed in read.items() if needed])
         parts = [self.state(batch)]
         if self.wanted is not None:
             parts.insert(0, self._wanted(batch["return_to_go"]))
@@ -174,7 +176,10 @@ class LanguageModelPolicy:
     @torch.inference_mode()
     def act(self, observations: Observations) -> Array:
         """Decide for every episode."""
-        self.wanted = self.wanted - observations["reward"]
+        if self.task.wanted is not None:
+            if "reward" not in observations:
+                raise UserError("observations have no 'reward' of the last step, which returns: true needs")
+            self.wanted = self.wanted - observations["reward"]
         batch = self.task.observe(observations | {"return_to_go": self.wanted}, self.step)
         with evaluating(self.task):
             scores = self._stream(batch) if self.streaming else self._recompute(batch)

@@ -45,7 +45,7 @@ class HindsightMLP(OfflineTask):
         rollout_every: int = 1,
     ) -> None:
         super().__init__(None, optimizer)
-        self.levels, self.lookahead, self.rescale = levels, lookahead, rescale
+        self.levels, self.history, self.lookahead, self.rescale = levels, history, lookahead, rescale
         self.objective, self.rollout_every = objective, rollout_every
         sizes = [(1 + max(1, lookahead)) * levels + 4 * history + 4] + [width] * depth
         hidden = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sizes)]
@@ -53,7 +53,7 @@ class HindsightMLP(OfflineTask):
 
     def forward(self, batch: Batch) -> Tensor:
         """Score the levels (B, W, L)."""
-        rows = describe(batch, self.levels, self.lookahead)
+        rows = describe(batch, self.levels, self.history, self.lookahead)
         features = torch.cat([part.flatten(1) for part in rows.values()], dim=1)
         scores: Tensor = self.layers(features).unflatten(0, batch["level"].shape)
         return scores

@@ -13,6 +13,7 @@ from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask
 from netllm_pl.encoders import ScalarEncoder, SeriesEncoder
+from netllm_pl.errors import UserError
 from netllm_pl.task import OptimizerConfig
 
 OBSERVED = ("level", "buffer_s", "throughput", "delay_s", "next_bytes", "chunks_left")
@@ -75,7 +76,7 @@ class AdaptiveBitrate(DecisionTask):
             head_width, rollout_every,
         )  # fmt: skip
         assert self.backbone is not None
-        self.levels, self.layout, self.rescale = levels, tokens, rescale
+        self.levels, self.history, self.layout, self.rescale = levels, history, tokens, rescale
         self.lookahead = lookahead if tokens == "compact" else 0
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
 
@@ -98,7 +99,7 @@ class AdaptiveBitrate(DecisionTask):
 
     def state(self, batch: Batch) -> Tensor:
         """Encode the observations of every step: (B, W, S, d_model)."""
-        rows, shape = describe(batch, self.levels, self.lookahead), batch["level"].shape
+        rows, shape = describe(batch, self.levels, self.history, self.lookahead), batch["level"].shape
         if self.layout == "compact":
             parts = [torch.cat([rows["throughput"], rows["delay"][..., :1]], dim=-1)]
             scalars = ("buffer", "level", "left")
@@ -111,7 +112,7 @@ class AdaptiveBitrate(DecisionTask):
         return joined
 
 
-def describe(batch: Batch, levels: int, lookahead: int) -> dict[str, Tensor]:
+def describe(batch: Batch, levels: int, history: int, lookahead: int) -> dict[str, Tensor]:
     """Scale observations (B, W, ...) to numbers near one, rows (R = B W) first.
 
     Returns:
@@ -120,6 +121,11 @@ def describe(batch: Batch, levels: int, lookahead: int) -> dict[str, Tensor]:
         likewise; ``sizes`` (R, A or 1, L) MB; ``left`` (R, 2), of 48 chunks and of the last 6.
     """
     check_columns(batch, (*OBSERVED, *(["upcoming_mb"] if lookahead else [])))
+    found = {"levels": batch["next_bytes"].shape[-1], "history": batch["throughput"].shape[-1]}
+    found |= {"lookahead": batch["upcoming_mb"].shape[-2]} if lookahead else {}
+    for name, value in {"levels": levels, "history": history, "lookahead": lookahead}.items():
+        if found.get(name, value) != value:
+            raise UserError(f"the data has {name} {found[name]}, the model {value}; set model.{name} to {found[name]}")
     flat = {name: batch[name].flatten(0, 1).float() for name in OBSERVED}
     real = (flat["throughput"] > 0).float()
     throughput = 0.5 * torch.log(8 * flat["throughput"] + 1e-3) * real  # MB/s to Mbit/s; links differ by factors
