@@ -118,6 +118,8 @@ def hindsight_values(
     Returns:
         (N, L) sums of rewards.
     """
+    if (simulator.chunk >= simulator.chunks).any():
+        raise ValueError("a session is over; call reset")
     out = np.empty((len(simulator.trace), simulator.levels))
     t = simulator.traces
     _values(
@@ -219,8 +221,10 @@ class OfflineOptimal:
     """Plans the whole video with the known future of each trace: the ceiling of every policy.
 
     Dynamic programming over chunks that keeps every plan which no other of the same level beats in reward, trace time
-    and buffer. It is exact as long as more buffer and an earlier clock are never a disadvantage, which only waiting at
-    a full buffer can break. Noise on download times is not foreseen.
+    and buffer. That finds the optimum of all published test traces. It can miss it where steps of the ladder, the price
+    of stalls or the buffer are small: of two plans, the one that stalled for quality may win in the end if a later
+    outage makes the other stall as long. Comparing the reward without stalls in place of the buffer would be exact (but
+    for waiting at a full buffer), and took about twenty times as long. Noise on download times is not foreseen.
 
     Args:
         simulator: The environment that it acts in.
