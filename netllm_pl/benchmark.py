@@ -56,11 +56,9 @@ def run(
     """
     check(out, repeats)
     settings = {name: value for name, value in (trainer or {}).items() if name in TRAINER and value is not None}
-    threads = torch.get_num_threads()
     with status("reading the data, recording experience"):
         len(data.dataset("train"))  # not part of the first step
         works = data.benchmarks()
-    torch.set_num_threads(threads)  # numba's parallel loops set it to their own
     with status("training"):
         trained, device = training(task, data, repeats, quick, settings)
     found: Entry = {
@@ -86,7 +84,6 @@ def run(
         found["ceilings"]["weights_read_ms"] = 1000 * found["model"]["backbone_gb"] / found["ceilings"]["copy_gb_per_s"]
     with status("the task's own works"):
         found["works"] = measure(works, repeats, 0.1 if quick else 1.0)
-    torch.set_num_threads(threads)
     found["ratios"] = ratios(found, works)
     with atomic(out) as temporary:
         temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")

@@ -19,8 +19,6 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "numpy", "numba")
 
 def environment(device: torch.device) -> Entry:
     """Say on what something is measured: device, processor, threads, versions, and how busy the machine is."""
-    import numba
-
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _processor(),
@@ -30,7 +28,6 @@ def environment(device: torch.device) -> Entry:
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "torch_threads": torch.get_num_threads(),
-        "numba_threads": numba.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "cuda": torch.version.cuda if gpu else None,
         "system": f"{platform.system()} {platform.machine()}",

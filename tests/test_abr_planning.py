@@ -3,13 +3,14 @@
 Shapes: N sessions, L levels.
 """
 
+import os
 from copy import copy
 from pathlib import Path
 
-import numba
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from netllm_pl.rollout import rollout
 from netllm_pl.testing import check_environment
@@ -118,17 +119,14 @@ def test_a_beam_finds_no_more_than_there_is() -> None:
     assert (exact > few[0] + 1e-3).any()
 
 
-def test_values_of_sessions_do_not_depend_on_threads_or_company() -> None:
+@pytest.mark.parametrize("cores", [1, 3, 100])
+def test_values_of_sessions_do_not_depend_on_cores_or_company(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     simulator = Simulator(rough(4), video(9), Rules(chunks=9))
     begin(simulator)
-    threads = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        values = hindsight_values(simulator)
-        numba.set_num_threads(threads)
-        assert all(np.array_equal(values, hindsight_values(simulator)) for _ in range(3))
-    finally:
-        numba.set_num_threads(threads)
+    values, threads = hindsight_values(simulator), torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert np.array_equal(values, hindsight_values(simulator))
+    assert torch.get_num_threads() == threads  # a run that records experience trains like one that finds it
     for session in range(SESSIONS):
         simulator.reset([session])
         assert np.array_equal(hindsight_values(simulator), values[session : session + 1])
@@ -182,29 +180,27 @@ def test_the_plan_is_the_best_of_all_plans(rules: Rules, mode: str, ladder: list
         np.testing.assert_allclose(played.returns, best, rtol=0, atol=1e-9)
 
 
-def test_small_steps_of_the_ladder_cost_little() -> None:
-    """The known limit of the planner: it prefers more buffer to quality, which an outage makes worthless."""
-    lost = []
+def test_quality_may_be_worth_more_than_buffer() -> None:
+    """A plan that stalled for quality wins if an outage makes the others stall as long."""
     for before in (10.0, 12.0, 16.0, 18.0, 20.0):
         traces = link((before, 0.95), (20.0, 0.0), (200.0, 50.0))
         simulator = Simulator(traces, video(6, CLOSE, spread=0.0), Rules(chunks=6, first_level=1))
         best = best_value(plain_session(simulator, 0), 6, 0.0)
-        lost.append(best - rollout(simulator, OfflineOptimal(simulator), [0]).returns[0])
-    assert min(lost) > -1e-9 and max(lost) < 0.6, "of a return of -80"
+        assert rollout(simulator, OfflineOptimal(simulator), [0]).returns[0] == pytest.approx(best, abs=1e-9)
 
 
 def test_no_other_plan_is_better_over_a_whole_video() -> None:
     """At the limit of the buffer too."""
-    traces = generate(SyntheticTraces(traces=4), "test")
+    traces = generate(SyntheticTraces(traces=2), "test")
     for limit in (60.0, 12.0):
         simulator = Simulator(traces, generated_video(), Rules(buffer_limit_s=limit))
-        best = rollout(simulator, OfflineOptimal(simulator), range(4))
+        best = rollout(simulator, OfflineOptimal(simulator), range(2))
         rng = np.random.default_rng(0)
         for _ in range(30):
-            simulator.reset(range(4))
-            total, random = np.zeros(4), rng.random(best.actions.shape) < rng.choice([0.02, 0.1, 1.0])
+            simulator.reset(range(2))
+            total, random = np.zeros(2), rng.random(best.actions.shape) < rng.choice([0.02, 0.1, 1.0])
             for chosen, other in zip(best.actions, random, strict=True):
-                total += simulator.step(np.where(other, rng.integers(0, 6, 4), chosen))[1]
+                total += simulator.step(np.where(other, rng.integers(0, 6, 2), chosen))[1]
             assert (total <= best.returns + 1e-9).all()
 
 
@@ -214,7 +210,7 @@ def test_the_published_optimum_is_found(data_dir: Path) -> None:
     log = pd.read_parquet(GOLDEN)
     golden = log[log["chunk"] > 0].groupby("trace")["reward"].mean()
     assert golden.mean() == pytest.approx(1.2229, abs=5e-5)
-    chosen = np.arange(0, 100, 8)
+    chosen = np.arange(0, 100, 20)
     simulator = Simulator(select(published_split(data_dir, "test"), chosen), named_video("video1", data_dir))
     played = rollout(simulator, OfflineOptimal(simulator), range(len(chosen)))
     np.testing.assert_allclose(played.rewards.mean(0), golden.loc[chosen], rtol=0, atol=1e-6)

@@ -1,20 +1,24 @@
 """Plans that see the future of a trace: action values in hindsight, and the offline optimum.
 
-Both search the same tree: a node is a session after some chunks, its children are the levels of the next chunk. Nodes
-that another node of the same level beats in value, trace time and buffer are dropped, the rest is cut to a beam.
+Both search the same tree: a node is a session after some chunks, its children are the levels of the next chunk. The
+values drop nodes that another one of the same level beats in value, trace time and buffer, and cut the rest to a beam;
+the optimum keeps every node that can still win.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import njit
 
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Observations, Simulator, download, idle
 
 VALUE, TIME, CLOCK, BUFFER = range(4)  # columns of a node: reward so far, trace time since the root, clock, buffer (ms)
 LEVEL, POINTER, PARENT = range(3)
+ROUNDING = 1e-9  # sums of the same rewards in another order differ by less
 
 
 @njit(cache=True)
@@ -66,17 +70,17 @@ def _prune(nodes, places, count, beam, weight, kept, kept_places):  # type: igno
     return n
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def _values(  # type: ignore[no-untyped-def]
     time, rate_mbps, starts, trace, pointer, clock, scale, buffer_ms, level, chunk, sizes, ladder, rules, chunks,
-    horizon, beam, weight, out,
+    horizon, beam, weight, sessions, out,
 ):  # fmt: skip
-    """Hindsight values of every level in every session: out (N, L)."""
+    """Hindsight values of every level in some sessions: out (N, L)."""
     levels = sizes.shape[1]
-    for i in prange(len(trace)):
-        nodes, places = np.empty((beam * levels, 4)), np.empty((beam * levels, 3), np.int64)
-        kept, kept_places = np.empty((beam, 4)), np.empty((beam, 3), np.int64)
-        root, root_place = np.zeros(4), np.zeros(3, np.int64)
+    nodes, places = np.empty((beam * levels, 4)), np.empty((beam * levels, 3), np.int64)
+    kept, kept_places = np.empty((beam, 4)), np.empty((beam, 3), np.int64)
+    root, root_place = np.zeros(4), np.zeros(3, np.int64)
+    for i in sessions:
         first, end = starts[trace[i]], starts[trace[i] + 1]
         root[VALUE], root[TIME], root[CLOCK], root[BUFFER] = 0.0, 0.0, clock[i], buffer_ms[i]
         root_place[LEVEL], root_place[POINTER] = level[i], pointer[i]
@@ -122,12 +126,25 @@ def hindsight_values(
         raise ValueError("a session is over; call reset")
     out = np.empty((len(simulator.trace), simulator.levels))
     t = simulator.traces
-    _values(
-        t.time_s, t.bandwidth_mbps, t.starts, simulator.trace, simulator.pointer, simulator.clock, simulator.scale,
-        simulator.buffer_ms, simulator.level, simulator.chunk, simulator.sizes, simulator.ladder, simulator.constants,
-        simulator.chunks, horizon, beam, buffer_weight, out,
-    )  # fmt: skip
+
+    def value(sessions: Ints) -> None:
+        _values(
+            t.time_s, t.bandwidth_mbps, t.starts, simulator.trace, simulator.pointer, simulator.clock, simulator.scale,
+            simulator.buffer_ms, simulator.level, simulator.chunk, simulator.sizes, simulator.ladder,
+            simulator.constants, simulator.chunks, horizon, beam, buffer_weight, sessions, out,
+        )  # fmt: skip
+
+    _in_threads(value, np.array_split(np.arange(len(out)), os.cpu_count() or 1))
     return out
+
+
+def _in_threads(work: Callable[[Any], None], parts: Iterable[Any]) -> None:
+    """Work on all parts with as many threads as there are cores.
+
+    Threads of our own: numba's parallel loops go through OpenMP and would change the number of torch's threads.
+    """
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(work, parts))
 
 
 class Hindsight:
@@ -155,28 +172,31 @@ class Hindsight:
 
 
 @njit(cache=True)
-def _front(nodes, places, count, level, kept, kept_places, n):  # type: ignore[no-untyped-def]
-    """Append the nodes of a level that no other one beats in value, time and buffer; return how many are kept.
+def _front(nodes, places, count, level, weight, kept, kept_places, n):  # type: ignore[no-untyped-def]
+    """Append the nodes of a level that no other one beats in value, time and quality; return how many are kept.
 
-    Nodes come in the order of time; a Fenwick tree over the rank of their values tells the largest buffer among the
-    earlier ones of at least that value.
+    Quality is the value without the price of stalls: it must not be less, since a plan that has not stalled yet may
+    have to, for as long as the other one did. Up to a constant it is the value plus the weighted time at which the
+    buffer runs out. Nodes come in the order of time; a Fenwick tree over the rank of their values tells the highest
+    quality among the earlier ones of at least that value.
     """
     index = np.nonzero(places[:count, LEVEL] == level)[0]
     m = len(index)
     value = nodes[index, VALUE]
+    quality = value + weight * (nodes[index, TIME] + nodes[index, BUFFER] / 1000.0)
     descending = np.argsort(-value)
     ranked = -value[descending]
     tree = np.full(m + 1, -np.inf)
     for k in np.argsort(nodes[index, TIME]):
-        node, q, most = nodes[index[k]], np.searchsorted(ranked, -value[k], side="right"), -np.inf
-        place = q
-        while q > 0:
-            most = max(most, tree[q])
-            q -= q & -q
-        if most >= node[BUFFER]:
+        node, place, best = nodes[index[k]], np.searchsorted(ranked, -value[k] + ROUNDING, side="right"), -np.inf
+        while place > 0:
+            best = max(best, tree[place])
+            place -= place & -place
+        if best >= quality[k] - ROUNDING:
             continue
+        place = np.searchsorted(ranked, -value[k], side="right")
         while place <= m:
-            tree[place] = max(tree[place], node[BUFFER])
+            tree[place] = max(tree[place], quality[k])
             place += place & -place
         if n == len(kept):
             return -1
@@ -185,7 +205,7 @@ def _front(nodes, places, count, level, kept, kept_places, n):  # type: ignore[n
     return n
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _plan(  # type: ignore[no-untyped-def]
     time, rate_mbps, first, end, pointer, clock, scale, buffer_ms, level, chunk, sizes, ladder, rules, chunks, limit,
     out,
@@ -207,7 +227,7 @@ def _plan(  # type: ignore[no-untyped-def]
                 count += 1
         n = 0
         for choice in range(levels):
-            n = _front(nodes, places, count, choice, kept, kept_places, n)
+            n = _front(nodes, places, count, choice, rules[5], kept, kept_places, n)
             if n < 0:
                 return False
         trail[step, :n, 0], trail[step, :n, 1] = kept_places[:n, LEVEL], kept_places[:n, PARENT]
@@ -221,10 +241,8 @@ class OfflineOptimal:
     """Plans the whole video with the known future of each trace: the ceiling of every policy.
 
     Dynamic programming over chunks that keeps every plan which no other of the same level beats in reward, trace time
-    and buffer. That finds the optimum of all published test traces. It can miss it where steps of the ladder, the price
-    of stalls or the buffer are small: of two plans, the one that stalled for quality may win in the end if a later
-    outage makes the other stall as long. Comparing the reward without stalls in place of the buffer would be exact (but
-    for waiting at a full buffer), and took about twenty times as long. Noise on download times is not foreseen.
+    and quality. It is exact but for waiting at a full buffer, where being early may be a disadvantage. Noise on
+    download times is not foreseen. A session takes about a second.
 
     Args:
         simulator: The environment that it acts in.
@@ -239,16 +257,18 @@ class OfflineOptimal:
 
     def reset(self, n: int) -> None:
         """Plan n sessions that have just begun."""
+        self.levels = np.empty((n, self.simulator.chunks - 1), np.int64)
+        _in_threads(self._plan_session, range(n))
+
+    def _plan_session(self, i: int) -> None:
         s, t = self.simulator, self.simulator.traces
-        self.levels = np.empty((n, s.chunks - 1), np.int64)
-        for i in range(n):
-            first, end = t.starts[s.trace[i]], t.starts[s.trace[i] + 1]
-            limit = 4096
-            while not _plan(
-                t.time_s, t.bandwidth_mbps, first, end, s.pointer[i], s.clock[i], s.scale[i], s.buffer_ms[i],
-                s.level[i], s.chunk[i], s.sizes, s.ladder, s.constants, s.chunks, limit, self.levels[i],
-            ):  # fmt: skip
-                limit *= 4
+        first, end = t.starts[s.trace[i]], t.starts[s.trace[i] + 1]
+        limit = 1 << 14
+        while not _plan(
+            t.time_s, t.bandwidth_mbps, first, end, s.pointer[i], s.clock[i], s.scale[i], s.buffer_ms[i], s.level[i],
+            s.chunk[i], s.sizes, s.ladder, s.constants, s.chunks, limit, self.levels[i],
+        ):  # fmt: skip
+            limit *= 4
 
     def act(self, observations: Observations) -> Ints:
         """Follow the plans."""
