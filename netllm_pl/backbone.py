@@ -238,7 +238,11 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
     if source in CONFIG_MAPPING and not Path(source).is_dir():
         if config.pretrained:
             raise UserError(f"backbone {source} is an architecture without weights; set pretrained: false")
-        return source, AutoConfig.for_model(source, **overrides)
+        try:
+            return source, AutoConfig.for_model(source, **overrides)
+        except Exception as error:  # architectures check in ways of their own
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"backbone.config does not fit the architecture {source}: {reason}") from error
     try:
         hf = AutoConfig.from_pretrained(source, **overrides)
     except (OSError, ValueError) as error:

@@ -120,7 +120,8 @@ class NetDataModule(pl.LightningDataModule, ABC):
 
     def __init__(self, batch_size: int = 64, eval_batch_size: int = 256, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        # Lightning would refuse to log them where a model has an argument of the same name and another value.
+        self.save_hyperparameters(logger=False)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
 

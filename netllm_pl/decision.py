@@ -67,6 +67,8 @@ class DecisionTask(OfflineTask):
             raise UserError(f"backbone {backbone.name} sees later tokens; a decision task needs a causal model")
         if context < 1:
             raise UserError(f"context is {context}; it must be at least 1, the current step")
+        if return_scale <= 0:
+            raise UserError(f"return_scale is {return_scale}; it must be above 0")
         self.context, self.objective, self.sample = context, objective, sample
         self.target_return, self.return_scale, self.rollout_every = target_return, return_scale, rollout_every
         d_model, scale = self.backbone.d_model, self.backbone.token_scale

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
+from netllm_pl.checkpoint import load_task
 from netllm_pl.cli import main
 from netllm_pl.collect import collect
 from netllm_pl.errors import UserError
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.testing import check_environment
-from tasks.adaptive_bitrate import AdaptiveBitrateData
+from tasks.adaptive_bitrate import AdaptiveBitrate, AdaptiveBitrateData
 from tasks.adaptive_bitrate.simulator import Rules
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 
@@ -190,6 +191,7 @@ def test_a_video_is_a_name_or_a_path(tmp_path: Path) -> None:
         ({"window": 0}, "data.window is 0"),
         ({"stride": -1}, "data.stride is -1"),
         ({"sessions": 0}, "data.sessions is 0"),
+        ({"lookahead": -1}, "data.lookahead is -1; it must be at least 0"),
         ({"rules": {"payload": 2.0}}, "rules.payload is 2.0"),
     ],
 )
@@ -267,6 +269,39 @@ def test_a_collected_pool_trains_and_its_kind_of_values_is_validated(
     assert "values" in own.dataset("train")[[0]] and "values" in own.dataset("valid")[[0]]
     with pytest.raises(UserError, match="no experience pool"):
         data(pool=str(tmp_path)).dataset("train")
+
+
+def test_a_pool_of_other_observations_is_refused(small: AdaptiveBitrateData, tmp_path: Path) -> None:
+    """As validation plays sessions as the data say, no model could read both."""
+    pool = str(tmp_path / "pool")
+    collect(small, {"bba": 1.0}, 2, tmp_path / "pool")
+    sizes = {"bitrate_kbps": [300, 900], "chunk_s": 4, "chunk_bytes": [[100] * 5, [300] * 5]}
+    (tmp_path / "video.json").write_text(json.dumps({"mine": sizes}))
+    for other, said in (
+        (data(pool=pool, history=6), "has history 10, the data 6; set data.history and model.history to 10"),
+        (data(pool=pool, lookahead=2), "has lookahead 5, the data 2; set data.lookahead and model.lookahead to 5"),
+        (data(pool=pool, video=str(tmp_path / "video.json")), "has levels 6, the data 2; choose its video"),
+    ):
+        with pytest.raises(UserError, match=said):
+            other.dataset("train")
+        with pytest.raises(UserError, match=said):
+            other.dataset("valid")
+    assert len(data(pool=pool, lookahead=0).dataset("train")), "sizes of later chunks need not be looked at"
+
+
+def test_a_model_may_look_less_far_ahead_than_its_data(own_cache: Path, tmp_path: Path, tiny_backbone: Path) -> None:
+    words = ["--config", str(CONFIGS / "adaptive_bitrate.yaml"), "--config", str(CONFIGS / "overlays" / "smoke.yaml")]
+    words += ["--model.init_args.backbone", str(tiny_backbone), "--model.lookahead", "0", "--data.lookahead", "5"]
+    words += ["--data.experience", "{policies: bba, episodes: 8, eval_episodes: 2}", "--model.objective", "imitation"]
+    main(["fit", *words, "--data.synthetic.traces", "4", "--run_dir", str(tmp_path / "run"), "--debug"])
+    best = load_task(tmp_path / "run" / "best.ckpt")
+    assert isinstance(best, AdaptiveBitrate) and best.lookahead == 0
+
+
+def test_an_unknown_split_is_named(tmp_path: Path) -> None:
+    write_traces(tmp_path / "traces.parquet", ["a", "b", "c", "d"])
+    with pytest.raises(UserError, match=r"unknown split 'tset'\. Did you mean 'test'"):
+        data(traces=str(tmp_path / "traces.parquet")).simulator("tset")
 
 
 def test_an_optimal_plan_can_be_collected(small: AdaptiveBitrateData, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_published_videos(data_dir: Path, tmp_path: Path) -> None:
 def test_size_files_with_another_ladder(tmp_path: Path) -> None:
     for level in range(3):
         (tmp_path / f"video_size_{level}").write_text(f"{level + 1}000\n{level + 1}500\n")
-    with pytest.raises(UserError, match="has 3 levels; give ladder_kbps"):
+    with pytest.raises(UserError, match=r"has 3 levels, .*; write the video as JSON, with bitrate_kbps"):
         read_video(tmp_path)
     video = read_video(tmp_path, "short", ladder_kbps=[1, 2, 3], chunk_s=1.5)
     assert (video.name, video.chunk_s) == ("short", 1.5)

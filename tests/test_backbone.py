@@ -318,6 +318,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, monkeypatch: 
         (BackboneConfig("not_there.gguf"), "no file not_there.gguf"),
         (BackboneConfig("llama"), "architecture without weights; set pretrained: false"),
         (tiny("llama", layers=3), "layers is 3; llama has 1 to 2"),
+        (replace(tiny("llama"), config={"hidden_size": 15}), "does not fit the architecture llama.*multiple"),
         (tiny("t5", layers=0), "layers is 0; t5 has 1 to 2"),
         (tiny("llava", layers=9), "layers is 9; llava has 1 to 2"),
         (tiny("llama", full=True), "full and lora exclude each other"),

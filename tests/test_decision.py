@@ -320,7 +320,7 @@ def test_values_and_rewards_that_are_missing_are_named() -> None:
 def test_data_of_another_shape_are_refused(name: str, value: int) -> None:
     env = Simulator(simulator().traces, simulator().video, lookahead=5)
     for task in (AdaptiveBitrate(tiny_backbone(), **{name: value}), HindsightMLP(**{name: value})):  # type: ignore[arg-type]
-        with pytest.raises(UserError, match=rf"the data has {name} \d+, the model {value}; set model.{name}"):
+        with pytest.raises(UserError, match=rf"the data has {name} \d+, the model {value}; train one with"):
             rollout(env, task.as_policy(), [0])
 
 
@@ -329,6 +329,8 @@ def test_backbones_that_cannot_decide_are_refused() -> None:
         AdaptiveBitrate(tiny_backbone("t5"))
     with pytest.raises(UserError, match="context is 0"):
         make(context=0)
+    with pytest.raises(UserError, match="return_scale is 0"):
+        make(return_scale=0)
     with pytest.raises(UserError, match=r"(?i)flash"):
         AdaptiveBitrate(tiny_backbone(attention="flash_attention_2"))
     task = make()

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from netllm_pl.data import Batch, BatchedDataset, NetDataModule
+from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
-from netllm_pl.experience import Together, Windows, read_pool
+from netllm_pl.experience import Pool, Together, Windows, read_pool
 from netllm_pl.paths import data_root
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.rollout import Policy, Rollout, rollout
@@ -128,6 +128,8 @@ class AdaptiveBitrateData(NetDataModule):
         for name, value in {**counts, "stride": stride or 1}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if lookahead < 0:
+            raise UserError(f"data.lookahead is {lookahead}; it must be at least 0, which shows the next chunk only")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
         self.protocol, self.mode, self.rules, self.synthetic = protocol, mode, rules, synthetic
         self.root, self.weights_dir = data_root(data_dir), weights_dir
@@ -139,6 +141,8 @@ class AdaptiveBitrateData(NetDataModule):
 
     def traces(self, split: str) -> Traces:
         """Return the traces of a split, read once."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
         if split not in self._read:
             name, other = self.trace_names
             if split == "test" and other is not None:
@@ -224,7 +228,7 @@ class AdaptiveBitrateData(NetDataModule):
         if self.experience is None and not self.pools:
             return Sessions(self.sessions if split == "train" else len(self.traces(split)))
         experience = self.experience or Experience()
-        pools = [read_pool(folder, type(self).__name__) for folder in self.pools or []]
+        pools = [self._fitting(read_pool(folder, type(self).__name__)) for folder in self.pools or []]
         if pools and split != "train":
             experience = replace(experience, values=pools[0].manifest["made_by"].get("values"))
         if not pools or split != "train":
@@ -234,6 +238,22 @@ class AdaptiveBitrateData(NetDataModule):
     def convert(self, file: Path) -> Iterator[Rollout]:
         """Read the episodes of an experience pool that NetLLM's program wrote."""
         return read_published(file, self.history)
+
+    def _fitting(self, pool: Pool) -> Pool:
+        """Return a pool whose observations look like those of the sessions that are validated and tested on."""
+        levels = len(self.video("train").ladder_kbps)
+        for name, column, own in (
+            ("levels", "next_bytes", levels),
+            ("history", "throughput", self.history),
+            ("lookahead", "upcoming_mb", self.lookahead),  # 0 does not look at the column
+        ):
+            found = pool.columns[column].shape[0] if column in pool.columns else own
+            if own and found != own:
+                cure = "choose its video" if name == "levels" else f"set data.{name} and model.{name} to {found}"
+                raise UserError(
+                    f"the pool {pool.folder} has {name} {found}, the data {own}; {cure}, or collect another"
+                )
+        return pool
 
     def _content(self, split: str) -> str:
         """Hash of what sessions depend on."""

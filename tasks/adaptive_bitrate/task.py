@@ -120,12 +120,19 @@ def describe(batch: Batch, levels: int, history: int, lookahead: int) -> dict[st
         begin; ``throughput`` (R, H, 2), its logarithm, 0 at 1 Mbit/s, and which samples are real; ``delay`` (R, H, 2)
         likewise; ``sizes`` (R, A or 1, L) MB; ``left`` (R, 2), of 48 chunks and of the last 6.
     """
-    check_columns(batch, (*OBSERVED, *(["upcoming_mb"] if lookahead else [])))
+    check_columns(batch, OBSERVED)
+    if lookahead and "upcoming_mb" not in batch:
+        raise UserError(
+            f"the data has no column upcoming_mb, the sizes of the chunks ahead; set data.lookahead to {lookahead}, or "
+            "train with model.lookahead 0"
+        )
     found = {"levels": batch["next_bytes"].shape[-1], "history": batch["throughput"].shape[-1]}
     found |= {"lookahead": batch["upcoming_mb"].shape[-2]} if lookahead else {}
     for name, value in {"levels": levels, "history": history, "lookahead": lookahead}.items():
         if found.get(name, value) != value:
-            raise UserError(f"the data has {name} {found[name]}, the model {value}; set model.{name} to {found[name]}")
+            raise UserError(
+                f"the data has {name} {found[name]}, the model {value}; train one with model.{name} {found[name]}"
+            )
     flat = {name: batch[name].flatten(0, 1).float() for name in OBSERVED}
     real = (flat["throughput"] > 0).float()
     throughput = 0.5 * torch.log(8 * flat["throughput"] + 1e-3) * real  # MB/s to Mbit/s; links differ by factors

@@ -111,7 +111,10 @@ def _read_folder(path: Path, name: str | None, ladder_kbps: Sequence[int] | None
             raise UserError(f"{path}: has {count} size files, but {file.name} is missing")
     if ladder_kbps is None:
         if count != len(PUBLISHED_LADDER):
-            raise UserError(f"{path}: has {count} levels; give ladder_kbps, as only six have published bitrates")
+            raise UserError(
+                f"{path}: has {count} levels, and only six have published bitrates; write the video as JSON, with "
+                "bitrate_kbps, chunk_s and chunk_bytes"
+            )
         ladder_kbps = PUBLISHED_LADDER
     sizes = [_read_sizes(file) for file in files]
     return make_video(name or path.name, ladder_kbps, sizes, chunk_s, str(path))
