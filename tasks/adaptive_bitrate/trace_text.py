@@ -15,6 +15,8 @@ from tasks.adaptive_bitrate.simulator import Floats, Ints
 PACKET_BITS = 1500 * 8
 """What one line of a packet list delivers, by Mahimahi's manual (mm-link)."""
 INTERVAL_MS = 1000
+DIGITS = 9
+"""Of the times of a packet list: 11 days. Times since 1970 would make a trace of 50 years."""
 
 
 def read_text(path: Path) -> tuple[list[Path], list[Floats], list[Ints]]:
@@ -77,9 +79,12 @@ def _read_file(path: Path) -> tuple[Floats, Ints]:
 def _packets(path: Path, words: list[tuple[int, list[str]]]) -> tuple[Floats, Ints]:
     times = np.zeros(len(words), dtype=np.int64)
     for row, (number, line) in enumerate(words):
-        if len(line) != 1 or not line[0].isdecimal() or len(line[0]) > 15:
+        if len(line) != 1 or not line[0].isdecimal() or len(line[0]) > DIGITS:
             text = " ".join(line)[:60]
-            raise UserError(f"{path}, line {number}: '{text}'; expected whole milliseconds, as the first line has")
+            expected = (
+                "whole milliseconds, as the first line has" if row else "'<seconds> <Mbit/s>' or whole milliseconds"
+            )
+            raise UserError(f"{path}, line {number}: '{text}'; expected {expected}, of at most {DIGITS} digits")
         times[row] = int(line[0])
         if row and times[row] < times[row - 1]:
             raise UserError(f"{path}, line {number}: {times[row]} follows {times[row - 1]}; times must not descend")

@@ -23,6 +23,8 @@ Where = Callable[[int], str]
 NUMBERS = {"time_s": "seconds", "bandwidth_mbps": "Mbit/s"}
 SLOWEST = 1e-3
 """Mbit/s on average; a download over less would hardly end."""
+SHORTEST = 0.01
+"""Seconds; a download repeats a trace until it is done, and would hardly end over a shorter one."""
 VALID_PERCENT = 20
 """Share of the training sources that the leak-free protocol validates on."""
 
@@ -95,6 +97,8 @@ def _problem(time: Floats, bandwidth: Floats, pointer: int) -> str:
     """Say what is wrong with a whole trace, if anything."""
     if len(time) < 2:
         return "the trace has one sample; bandwidth holds between two samples, so give at least 2"
+    if not time[-1] - time[0] >= SHORTEST:
+        return f"the trace lasts {time[-1] - time[0]:g} s; give a longer one, or check the unit (seconds)"
     if time[0] > time[-1] - time[0]:
         return f"time_s starts at {time[0]}, after more than the trace lasts; let it start near 0"
     mean = (bandwidth[1:] * np.diff(time)).sum() / (time[-1] - time[0])
