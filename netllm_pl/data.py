@@ -117,11 +117,18 @@ class NetDataModule(pl.LightningDataModule, ABC):
     """What `evaluate` reports, the main metric first."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Baselines in the table at the end of `fit`."""
+    note = ""
+    """What a reader of the numbers must know; it stands above the table."""
 
     def __init__(self, batch_size: int = 64, eval_batch_size: int = 256, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         # Lightning would refuse to log them where a model has an argument of the same name and another value.
         self.save_hyperparameters(logger=False)
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}")
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
 

@@ -25,6 +25,10 @@ class Evaluable(Protocol):
     def metrics(self) -> Sequence[Metric]:
         """What to report; the first one is the main one."""
 
+    @property
+    def note(self) -> str:
+        """What a reader of the numbers must know, if anything."""
+
     def policy(self, name: str) -> Any:
         """The policy of a name; an unknown name is a `UserError`."""
 
@@ -70,7 +74,8 @@ def run(
     summary = summarise(frame, data.metrics, policies, resamples, seed)
     pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
     write_results(out, summary, pairs, joined)
-    print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]")
+    note = f"; {data.note}" if data.note else ""
+    print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]{note}")
     print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in joined)])} in {out}")
     return summary
 

@@ -68,6 +68,8 @@ def test_the_protocols_are_those_of_the_reference(data_dir: Path) -> None:
     clean, leaky = (data(traces="fcc", protocol=p, data_dir=str(data_dir)) for p in ("leak_free", "published"))
     assert [len(clean.traces(split)) for split in ("train", "valid", "test")] == [62, 23, 100]
     assert [len(leaky.traces(split)) for split in ("train", "valid", "test")] == [235, 150, 100]
+    assert "leaks" in leaky.note and not clean.note
+    assert not data(traces="fcc", protocol="published", test_traces="fcc_synthetic", data_dir=str(data_dir)).note
     sources = [set(clean.traces(split).sources) for split in ("train", "valid", "test")]
     assert not sources[0] & sources[1] and not sources[1] & sources[2] and not sources[0] & sources[2]
 
@@ -191,6 +193,9 @@ def test_a_video_is_a_name_or_a_path(tmp_path: Path) -> None:
         ({"window": 0}, "data.window is 0"),
         ({"stride": -1}, "data.stride is -1"),
         ({"sessions": 0}, "data.sessions is 0"),
+        ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
+        ({"eval_batch_size": 0}, "data.eval_batch_size is 0"),
+        ({"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
         ({"lookahead": -1}, "data.lookahead is -1; it must be at least 0"),
         ({"rules": {"payload": 2.0}}, "rules.payload is 2.0"),
     ],

@@ -142,6 +142,7 @@ class Data:
     """The least that `run` asks of a data module."""
 
     metrics = (ERROR, RMSE)
+    note = ""
 
     def policy(self, name: str) -> float:
         if name not in ("static", "[linear]"):
@@ -172,6 +173,13 @@ def test_run_writes_three_files_and_prints_the_table(tmp_path: Path, capsys: pyt
     assert table["error"].dtype == np.float64 and len(table) == 2 * summary["n"][0]
     printed = capsys.readouterr().out
     assert "static is better than [linear] by 1.0" in printed and str(out) in printed.replace("\n", "")
+
+
+def test_what_must_be_known_stands_above_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = Data()
+    data.note = "the splits leak"
+    run(data, ["static"], tmp_path)
+    assert "interval]; the splits leak" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("names", [["static", "static"], []])

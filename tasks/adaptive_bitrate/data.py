@@ -132,6 +132,8 @@ class AdaptiveBitrateData(NetDataModule):
             raise UserError(f"data.lookahead is {lookahead}; it must be at least 0, which shows the next chunk only")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
         self.protocol, self.mode, self.rules, self.synthetic = protocol, mode, rules, synthetic
+        if protocol == "published" and traces == "fcc" and test_traces is None:
+            self.note = "published splits: test leaks into training"
         self.root, self.weights_dir = data_root(data_dir), weights_dir
         self.history, self.lookahead = history, lookahead
         self.pools = [pool] if isinstance(pool, str) else pool
