@@ -39,9 +39,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{file} is of format {manifest['format']} {manifest['version']}, not {FORMAT} {VERSION}")
         columns_of(manifest)
         parts = [manifest["episode_table"], *manifest["shards"]]
-        if not all({"file", "bytes", "sha256"} <= set(part) for part in parts) or "steps" not in manifest:
-            raise KeyError("shards")
-    except (ValueError, KeyError, TypeError) as error:
+        whole = all({"file", "bytes", "sha256"} <= set(part) for part in parts)
+        if not whole or not manifest["shards"] or not {"task", "steps", "episodes", "made_by"} <= set(manifest):
+            raise KeyError("shards, task, steps, episodes or made_by")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is broken ({type(error).__name__}: {error}); collect the pool anew") from error
