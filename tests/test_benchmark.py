@@ -23,7 +23,7 @@ CHUNKS, REPEATS = 10, 2
 STREAMING = [
     "--config", str(ROOT / "configs" / "adaptive_bitrate.yaml"),
     "--data.init_args.synthetic={traces: 6, duration_s: 60}", f"--data.init_args.rules={{chunks: {CHUNKS}}}",
-    "--data.init_args.experience.episodes=24", "--data.init_args.batch_size=8",
+    "--data.init_args.experience.episodes=24", "--data.init_args.batch_size=8", "--data.init_args.window=20",
     "--trainer.accelerator", "cpu", "--repeats", str(REPEATS), "--quick",
 ]  # fmt: skip
 VIEWPORTS = [
