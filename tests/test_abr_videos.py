@@ -99,6 +99,7 @@ def test_bad_videos(tmp_path: Path, change: dict[str, object], message: str) -> 
         ("{", "not JSON"),
         ("[]", "expected an object of videos by name"),
         ('{"a": 1}', "expected an object of videos by name"),
+        (json.dumps({"a": VIDEO | {"chunk_length": 2}}), "unknown key 'chunk_length'.*chunk_s.*video a"),
         ('{"a": {"chunk_s": 4}}', "missing bitrate_kbps, chunk_bytes; found chunk_s"),
     ],
 )

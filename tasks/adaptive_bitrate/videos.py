@@ -16,6 +16,7 @@ PUBLISHED_LADDER = (300, 750, 1200, 1850, 2850, 4300)
 CHUNKS = 49
 CHUNK_S = 4.0
 SIZE_FILE = "video_size_"
+KEYS = {"bitrate_kbps", "chunk_s", "chunk_bytes"}
 
 
 def read_video(
@@ -54,6 +55,8 @@ def read_video(
     where, video = f"{path}, video {name}", videos[name]
     if missing := [key for key in ("bitrate_kbps", "chunk_bytes") if key not in video]:
         raise UserError(f"{where}: missing {', '.join(missing)}; found {', '.join(video) or 'nothing'}")
+    if strange := sorted(set(video) - KEYS):
+        raise unknown("key", strange[0], KEYS, f"It is in {where}.")
     return make_video(name, video["bitrate_kbps"], video["chunk_bytes"], video.get("chunk_s", CHUNK_S), where)
 
 
