@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -120,7 +120,7 @@ def collect(
         "explore": explore, "split": split, "values": values, "seed": seed, "parallel": parallel,
     }  # fmt: skip
     env = data.simulator(split, "random")
-    policies = {name: _policy(data, name, split, env) for name in shares}
+    policies = {name: _policy(data, name, split) for name in shares}
     if explore:
         if not hasattr(env, "sample"):
             raise UserError(f"{type(env).__name__} cannot draw random actions: it has no sample(); leave explore at 0")
@@ -164,14 +164,12 @@ def summary(folder: Path) -> str:
     return "\n".join([*lines, f"wrote {manifest['episodes']} episodes, {manifest['steps']} steps in {folder}"])
 
 
-def _policy(data: "NetDataModule", name: str, split: str, env: Environment) -> Policy:
+def _policy(data: "NetDataModule", name: str, split: str) -> Policy:
     policy = data.policy(name, split)
-    acting: Any = policy.as_policy() if hasattr(policy, "as_policy") else policy
+    acting: Policy = policy.as_policy() if hasattr(policy, "as_policy") else policy
     if not hasattr(acting, "act"):
         raise UserError(f"'{name}' is {type(policy).__name__}, which does not act; experience comes from policies")
-    if hasattr(acting, "simulator"):
-        acting.simulator = env  # a planner looks into the episodes that it plays
-    return acting  # type: ignore[no-any-return]
+    return acting
 
 
 def _turns(shares: list[float], episodes: int) -> Array:

@@ -214,8 +214,6 @@ class AdaptiveBitrateData(NetDataModule):
 
     def _play(self, policy: Any, split: str) -> dict[str, pd.DataFrame]:
         env, acting = self.simulator(split), _acting(policy)
-        if isinstance(acting, OfflineOptimal):
-            acting.simulator = env  # it looks into the sessions that it plays
         parts: list[dict[str, pd.DataFrame]] = []
         for start in range(0, len(env.traces), self.eval_batch_size):
             seeds = range(start, min(start + self.eval_batch_size, len(env.traces)))

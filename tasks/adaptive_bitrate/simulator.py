@@ -1,7 +1,7 @@
 """Chunk-level simulator of adaptive bitrate streaming, many sessions at once; numpy and numba only.
 
 One session plays one video over one bandwidth trace. The rules are those of Pensieve (Mao et al., SIGCOMM 2017) as
-NetLLM runs them; ``../shared/golden`` logs of that program are reproduced to 1e-9 by the tests.
+NetLLM runs them; the tests reproduce logs of that program to 1e-9.
 
 Shapes: N sessions, L levels of the bitrate ladder, H samples of history, A chunks ahead.
 """
