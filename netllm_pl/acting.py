@@ -4,7 +4,8 @@ Shapes: B batch, W steps of a window, C choices, N episodes side by side.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -107,18 +108,15 @@ class Greedy:
         return best
 
 
-class evaluating:  # noqa: N801  # reads like a statement
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode for a while."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.was_training = self.module.training
-        self.module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.module.train(self.was_training)
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def check_columns(batch: Batch, names: Sequence[str]) -> None:

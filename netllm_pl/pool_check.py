@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
-from netllm_pl.paths import atomic_folder
-from netllm_pl.pool_format import EPISODE_COLUMNS, FORMAT, MANIFEST, VERSION, columns_of, file_sha256, schema
+from netllm_pl.paths import atomic_folder, file_sha256
+from netllm_pl.pool_format import EPISODE_COLUMNS, FORMAT, MANIFEST, VERSION, columns_of, schema
 from netllm_pl.pool_steps import StepsWriter
 
 Rows = npt.NDArray[np.int64]

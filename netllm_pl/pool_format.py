@@ -10,7 +10,6 @@ Arrays of a fixed shape are stored flat, as fixed-size lists. Observations that 
 nodes of a graph) are large lists: an array (n, ...) is stored flat, and its shape in the manifest begins with null.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 
 from netllm_pl import __version__
 from netllm_pl.errors import UserError
-from netllm_pl.paths import atomic_folder
+from netllm_pl.paths import atomic_folder, file_sha256
 from netllm_pl.rollout import Array, Rollout
 
 FORMAT, VERSION = "netllm_pl experience pool", 1
@@ -273,12 +272,6 @@ def schema(columns: Mapping[str, Column]) -> pa.Schema:
 def columns_of(manifest: Mapping[str, Any]) -> dict[str, Column]:
     """Columns of a pool's steps."""
     return {name: Column(told["dtype"], tuple(told["shape"])) for name, told in manifest["columns"].items()}
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _identity(file: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from netllm_pl import __version__
 from netllm_pl.collect import collect, parse_mixture
 from netllm_pl.errors import UserError
 from netllm_pl.experience import Pool, read_pool
-from netllm_pl.paths import cache_dir
-from netllm_pl.pool_format import VERSION, file_sha256
+from netllm_pl.paths import cache_dir, file_sha256
+from netllm_pl.pool_format import VERSION
 
 if TYPE_CHECKING:
     from netllm_pl.data import NetDataModule

@@ -18,7 +18,7 @@ import torch
 from netllm_pl import pool_format, pool_steps
 from netllm_pl.errors import UserError
 from netllm_pl.experience import Pool, PoolWriter, Together, Windows, read_pool
-from netllm_pl.pool_format import file_sha256
+from netllm_pl.paths import file_sha256
 from netllm_pl.rollout import Rollout
 
 LENGTHS = (3, 7, 1, 12, 5)

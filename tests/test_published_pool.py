@@ -15,8 +15,9 @@ from netllm_pl.errors import UserError
 from netllm_pl.experience import Windows, read_pool
 from netllm_pl.rollout import rollout
 from netllm_pl.unpickle import read_pickle
-from tasks.adaptive_bitrate.published_pool import LADDER_KBPS, read_published
+from tasks.adaptive_bitrate.published_pool import read_published
 from tasks.adaptive_bitrate.simulator import Simulator, Traces, Video
+from tasks.adaptive_bitrate.videos import PUBLISHED_LADDER
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -34,12 +35,12 @@ class ExperiencePool:
 def simulator(history: int = 10) -> Simulator:
     rng = np.random.default_rng(0)
     time = np.arange(100) * 5.0
-    sizes = (np.asarray(LADDER_KBPS) * 500 * rng.uniform(0.7, 1.4, (49, 1))).astype(np.int64)
+    sizes = (np.asarray(PUBLISHED_LADDER) * 500 * rng.uniform(0.7, 1.4, (49, 1))).astype(np.int64)
     traces = Traces(
         np.array(["a", "b"]), np.array(["a", "b"]), np.array([0, 100, 200]), np.tile(time, 2),
         rng.uniform(0.3, 4, 200), np.array([1, 7]),
     )  # fmt: skip
-    return Simulator(traces, Video("v", np.asarray(LADDER_KBPS), sizes), history=history)
+    return Simulator(traces, Video("v", np.asarray(PUBLISHED_LADDER), sizes), history=history)
 
 
 class Varied:
@@ -60,7 +61,7 @@ def published(run: Any) -> ExperiencePool:
     for n in range(run.actions.shape[1]):
         for t in range(len(run.actions)):
             state = np.zeros((6, 6), np.float32)
-            state[0, -1] = LADDER_KBPS[seen["level"][t, n]] / 4300
+            state[0, -1] = PUBLISHED_LADDER[seen["level"][t, n]] / 4300
             state[1, -1] = seen["buffer_s"][t, n] / 10
             state[2] = seen["throughput"][t, n, -6:]
             state[3] = seen["delay_s"][t, n, -6:] / 10

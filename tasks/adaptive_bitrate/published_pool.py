@@ -13,8 +13,8 @@ from netllm_pl.errors import UserError
 from netllm_pl.rollout import Rollout
 from netllm_pl.unpickle import Record, as_array, read_pickle
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Observations
+from tasks.adaptive_bitrate.videos import PUBLISHED_LADDER
 
-LADDER_KBPS = (300, 750, 1200, 1850, 2850, 4300)
 CHUNKS = 48
 LISTS = ("states", "actions", "rewards", "dones")
 
@@ -62,7 +62,7 @@ def _check(file: Path, states: Floats, actions: Ints, rewards: Floats, dones: np
     if states.shape != (size, 6, 6) or any(values.shape != (size,) for values in (actions, rewards, dones)):
         shapes = ", ".join(str(values.shape) for values in (states, actions, rewards, dones))
         raise UserError(f"{file}: states, actions, rewards, dones are {shapes}; expected (n, 6, 6), (n,), (n,), (n,)")
-    levels = np.asarray(LADDER_KBPS) / LADDER_KBPS[-1]
+    levels = np.asarray(PUBLISHED_LADDER) / PUBLISHED_LADDER[-1]
     left = states[:, 5, -1] * CHUNKS
     problems = {
         "numbers that are not finite": ~(np.isfinite(states).all((1, 2)) & np.isfinite(rewards)),
@@ -84,7 +84,7 @@ def _check(file: Path, states: Floats, actions: Ints, rewards: Floats, dones: np
 def _observations(states: Floats, rewards: Floats, history: int) -> Observations:
     """Undo the scaling of an episode's states (T, 6, 6)."""
     left = (states[:, 5, -1] * CHUNKS).round().astype(np.int64)
-    levels = np.asarray(LADDER_KBPS) / LADDER_KBPS[-1]
+    levels = np.asarray(PUBLISHED_LADDER) / PUBLISHED_LADDER[-1]
     return {
         "level": np.abs(states[:, :1, -1] - levels).argmin(1),
         "buffer_s": states[:, 1, -1] * 10.0,

@@ -70,10 +70,9 @@ def named_video(name: str, root: Path) -> Video:
     file, colon, inner = name.rpartition(":")
     if colon and Path(file).expanduser().is_file():
         return read_video(Path(file).expanduser(), inner)
-    public = root / "abr" / "videos.json"
-    if not public.is_file() and len(path.parts) > 1:
+    if len(path.parts) > 1:  # no name of a video: a path that does not exist
         raise unknown("video", name, ("generated",), "The path of a JSON file or of a folder of size files is one too.")
-    return read_video(_public(public), name)
+    return read_video(_public(root / "abr" / "videos.json"), name)
 
 
 def weights_folder(chosen: str | None, root: Path) -> Path | None:
