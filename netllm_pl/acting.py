@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
+from netllm_pl.ragged import observed
 from netllm_pl.rollout import Array, Observations, Policy
 from netllm_pl.task import NetTask
 
@@ -48,10 +49,12 @@ class ActingTask(NetTask):
         return [*super().configure_callbacks(), *([] if own else [RolloutEvaluation(self.rollout_every)])]
 
     def observe(self, observations: Observations, step: int) -> Batch:
-        """Turn what an environment shows at a step (N, ...) into windows of one step (N, 1, ...)."""
-        batch = {name: torch.as_tensor(value, device=self.device)[:, None] for name, value in observations.items()}
-        size = len(next(iter(batch.values())))
-        return batch | {"step": torch.full((size, 1), step, device=self.device)}
+        """Turn what an environment shows at a step (N, ...) into windows of one step (N, 1, ...).
+
+        Observations that differ in length between episodes are laid out as those of experience (`netllm_pl.ragged`).
+        """
+        size = len(next(iter(observations.values())))
+        return observed(observations, self.device) | {"step": torch.full((size, 1), step, device=self.device)}
 
 
 class OfflineTask(ActingTask):

@@ -20,6 +20,7 @@ from netllm_pl.paths import cache_dir, file_sha256
 from netllm_pl.pool_check import read_episodes, read_manifest, write_copy
 from netllm_pl.pool_format import MANIFEST, PoolWriter, columns_of
 from netllm_pl.pool_steps import Rows, Steps
+from netllm_pl.ragged import as_tensor
 from netllm_pl.rollout import Array
 
 if TYPE_CHECKING:
@@ -118,15 +119,17 @@ class Windows:
         step = begin[:, None] + np.arange(self.window)
         mask = step < self.pool.steps[episode][:, None]
         taken = self.pool.rows.take(self.pool.starts[episode] + begin, mask.sum(1))
-        batch = {"step": _tensor(np.where(mask, step, 0)), "mask": torch.from_numpy(mask)}
+        batch = {"step": as_tensor(np.where(mask, step, 0)), "mask": torch.from_numpy(mask)}
         for name, (values, lengths) in taken.items():
             if name in ("episode", "step"):
                 continue
+            if self.pool.columns[name].dtype == "bool":
+                values = values.view(np.bool_)
             if lengths is None:
-                batch[name] = _tensor(_spread(values, mask), self.pool.columns[name].dtype)
+                batch[name] = as_tensor(_spread(values, mask))
             else:
-                batch[name] = _tensor(values, self.pool.columns[name].dtype)
-                batch[f"{name}_length"] = _tensor(_spread(lengths, mask))
+                batch[name] = as_tensor(values)
+                batch[f"{name}_length"] = as_tensor(_spread(lengths, mask))
         return batch
 
 
@@ -198,9 +201,3 @@ def _spread(values: Array, mask: npt.NDArray[np.bool_]) -> Array:
     out = np.zeros((*mask.shape, *values.shape[1:]), values.dtype)
     out[mask] = values
     return out
-
-
-def _tensor(values: Array, dtype: str = "") -> torch.Tensor:
-    """Floats as float32, bits as bool, integers as int64."""
-    kind = np.float32 if values.dtype.kind == "f" else np.bool_ if dtype == "bool" else np.int64
-    return torch.from_numpy(np.ascontiguousarray(values, kind))

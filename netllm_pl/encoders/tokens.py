@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from netllm_pl.ragged import group_of, starts_of
+
 
 class Tokens(NamedTuple):
     """Token-like vectors.
@@ -29,6 +31,26 @@ def join(parts: Sequence[Tokens]) -> Tokens:
         return Tokens(values)
     masks = [torch.ones_like(p.values[..., 0], dtype=torch.bool) if p.mask is None else p.mask for p in parts]
     return Tokens(values, torch.cat(masks, dim=1))
+
+
+def padded(rows: Tensor, counts: Tensor, size: int | None = None) -> Tokens:
+    """Put rows that lie one behind the other side by side, a group a line.
+
+    Args:
+        rows: (R, ...) of any type.
+        counts: (G,) rows of each group; they sum to R.
+        size: Length of a line (S), at least the largest group, which null takes.
+
+    Returns:
+        (G, S, ...) values, zero at padding, and the mask (G, S); ``values[mask]`` are the rows again.
+    """
+    if size is None:
+        size = int(counts.max()) if len(counts) else 0
+    mask = torch.arange(size, device=counts.device) < counts[:, None]
+    group = group_of(counts, len(rows))
+    place = torch.arange(len(rows), device=counts.device) - starts_of(counts)[group]
+    values = rows.new_zeros(len(counts), size, *rows.shape[1:]).index_put((group, place), rows)
+    return Tokens(values, mask)
 
 
 class TokenNorm(nn.LayerNorm):
