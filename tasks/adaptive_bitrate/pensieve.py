@@ -3,10 +3,8 @@
 Shapes: N sessions, 6 rows of state, S columns (newest last), L levels, A actions.
 """
 
-import zlib
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from netllm_pl.errors import UserError
+from netllm_pl.weights import Weights, array_of, fill, read_weights
 from tasks.adaptive_bitrate.simulator import Ints, Observations, Video
 
 LENGTH = 6
@@ -175,32 +174,15 @@ def load_pensieve(path: Path) -> PensieveActor:
     Raises:
         UserError: There is no such file, it is no archive of plain arrays, or an array is missing or has another shape.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; weights_dir must hold the published weights as .npz files") from None
-    except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not an archive of plain NumPy arrays ({error})") from None
-    model = PensieveActor(critic=True)
-    weights = {}
-    for name, wanted in model.state_dict().items():
-        weights[name] = torch.from_numpy(_published(arrays, name, path))
-        if weights[name].shape != wanted.shape or not weights[name].isfinite().all():
-            raise UserError(f"{path}: {name} is {tuple(weights[name].shape)}, expected finite {tuple(wanted.shape)}")
-    model.load_state_dict(weights)
+    weights, model = read_weights(path), PensieveActor(critic=True)
+    fill(model, {name: _published(weights, name, path) for name in model.state_dict()}, path)
     return model
 
 
-def _published(arrays: dict[str, npt.NDArray[Any]], name: str, path: Path) -> npt.NDArray[np.float32]:
+def _published(weights: Weights, name: str, path: Path) -> npt.NDArray[Any]:
     """The array behind one of our parameters, such as ``actor.delay.weight``: dense layers are stored (in, out)."""
     part, layer, kind = name.split(".")
-    key = f"{part}.{PUBLISHED[layer]}.{'W' if kind == 'weight' else 'b'}"
-    if key not in arrays:
-        raise UserError(f"{path}: no array '{key}'; expected the published Pensieve weights")
-    array = arrays[key]
-    if array.dtype.kind != "f":
-        raise UserError(f"{path}: array '{key}' holds {array.dtype}, expected floating-point numbers")
+    array = array_of(weights, f"{part}.{PUBLISHED[layer]}.{'W' if kind == 'weight' else 'b'}", path, "Pensieve")
     if array.ndim == 4 and len(array) > LIVE_TAP:
         array = array[LIVE_TAP, 0]
-    return np.ascontiguousarray(array.T, dtype=np.float32)
+    return array.T
