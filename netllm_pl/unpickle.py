@@ -5,10 +5,11 @@ our own, which build numpy arrays from bytes and refuse the rest; numpy's own fu
 """
 
 import pickle
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from netllm_pl.errors import UserError
 
 ELEMENT = "biuf"
 """Kinds of numpy's types that are read: bits, integers, floats."""
+OBJECT = "O"
+"""Kind of arrays that hold other plain data, such as the one dictionary that `numpy.save` was given."""
 
 
 class _Sealed(type):
@@ -41,6 +44,20 @@ class _Type(metaclass=_Sealed):
         self.value = self.value.newbyteorder("=" if state[1] == "|" else state[1])
 
 
+class _Object(_Type):
+    """Stands in for numpy.dtype where one object is expected."""
+
+    def __init__(self, code: Any = None, align: Any = False, copy: Any = False) -> None:
+        if code in ("O", "O8"):
+            self.value = np.dtype("O")
+        else:
+            super().__init__(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if self.value.kind != OBJECT:
+            super().__setstate__(state)
+
+
 class _Array(metaclass=_Sealed):
     """Stands in for numpy.ndarray: what numpy's `_reconstruct` makes, filled by its state."""
 
@@ -48,15 +65,27 @@ class _Array(metaclass=_Sealed):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, kind, fortran, data = state
-        self.value = _from_bytes(data, kind, shape, "F" if fortran else "C")
+        if isinstance(kind, _Type) and kind.value.kind == OBJECT:
+            self.value = _from_list(data, shape)
+        else:
+            self.value = _from_bytes(data, kind, shape, "F" if fortran else "C")
 
 
 def _from_bytes(data: Any, kind: Any, shape: Any, order: Any = "C") -> Any:
-    if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray):
+    if not isinstance(kind, _Type) or kind.value.kind == OBJECT or not isinstance(data, bytes | bytearray):
         raise pickle.UnpicklingError("an array that is not made of numbers")
     if len(data) != prod(shape) * kind.value.itemsize:
         raise pickle.UnpicklingError(f"an array of shape {shape} in {len(data)} bytes")
     return np.frombuffer(data, kind.value).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _from_list(data: Any, shape: Any) -> np.ndarray:
+    """An array of one plain object, as `numpy.save` makes of a dictionary."""
+    if shape != () or not isinstance(data, list) or len(data) != 1:
+        raise pickle.UnpicklingError(f"an array of objects of shape {shape}; expected one object")
+    value = np.empty((), dtype=object)
+    value[()] = data[0]
+    return value
 
 
 def _reconstruct(*_: Any) -> _Array:
@@ -87,19 +116,23 @@ STAND_INS: dict[tuple[str, str], Any] = {
     },
 }
 
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+"""What reads the header of an ``.npy`` file, by version; numpy parses it as a literal."""
+
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, stream: Any, classes: Collection[str]) -> None:
+    def __init__(self, stream: Any, classes: Collection[str] = (), others: Mapping[Any, Any] | None = None) -> None:
         super().__init__(stream)
         self.classes = classes
+        self.stand_ins = STAND_INS | dict(others or {})
 
     def find_class(self, module: str, name: str) -> Any:
         """Give the stand-in of a global; nothing is ever imported."""
         if name in self.classes:
             return Record
-        if (module, name) not in STAND_INS:
+        if (module, name) not in self.stand_ins:
             raise UserError(f"refused: it asks for {module}.{name}, which is not data")
-        return STAND_INS[module, name]
+        return self.stand_ins[module, name]
 
 
 def read_pickle(file: Path, classes: Collection[str] = ()) -> Any:
@@ -115,15 +148,45 @@ def read_pickle(file: Path, classes: Collection[str] = ()) -> Any:
     Raises:
         UserError: It cannot be read, or asks for anything else; the message names what.
     """
+    with _opened(file, "a pickle of plain data") as stream:
+        return _Reader(stream, classes).load()
+
+
+def read_npy(file: Path) -> Any:
+    """Read what `numpy.save` wrote, be it an array of numbers or one object of plain data, which it pickles.
+
+    Args:
+        file: The ``.npy`` file.
+
+    Returns:
+        The array, or the object. Arrays in an object may be hidden: `as_array` brings them out.
+
+    Raises:
+        UserError: It cannot be read, or holds anything else; the message names what.
+    """
+    with _opened(file, "an .npy file of plain data") as stream:
+        header = HEADERS[np.lib.format.read_magic(stream)]
+        shape, fortran, dtype = header(stream)
+        if dtype.kind == OBJECT:
+            return _Reader(stream, others={("numpy", "dtype"): _Object}).load().value[()]
+        kind = _Type(dtype.str)
+        kind.value = dtype
+        return _from_bytes(stream.read(), kind, shape, "F" if fortran else "C")
+
+
+@contextmanager
+def _opened(file: Path, expected: str) -> Iterator[BinaryIO]:
+    """A stream of a file; whatever goes wrong while it is read becomes an error that names the file."""
     try:
         with file.open("rb") as stream:
-            return _Reader(stream, classes).load()
+            yield stream
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
     except Exception as error:  # a broken pickle raises nearly anything
-        raise UserError(f"{file} is not a pickle of plain data ({type(error).__name__}: {error})") from None
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(f"{file} is not {expected} ({type(error).__name__}: {reason})") from None
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from tasks.job_scheduling.profiles import (
     size_key,
 )  # fmt: skip
 from tasks.job_scheduling.profiles_parquet import read_parquet
+from tasks.job_scheduling.published_npy import read_published
 
 __all__ = ["LEVELS", "WAVES", "Workload", "prepare", "read_workload"]
 
@@ -88,15 +89,15 @@ def read_workload(path: Path) -> Workload:
     """Read a workload.
 
     Args:
-        path: A Parquet file, as `profiles_parquet` describes.
+        path: A Parquet file, as `profiles_parquet` describes, or a folder, as `published_npy` does.
 
     Raises:
         UserError: Something is missing or broken, or makes no jobs; the message names file, job and stage.
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"workload {path} does not exist; give a Parquet file, or fetch one: netllm_pl fetch tpch")
-    return prepare(read_parquet(path), str(path))
+        raise UserError(f"workload {path} does not exist; give a Parquet file or a folder, or fetch tpch")
+    return prepare(read_published(path) if path.is_dir() else read_parquet(path), str(path))
 
 
 def prepare(profiles: Profiles, source: str) -> Workload:
@@ -230,7 +231,7 @@ def _refuse_no_draw(profiles: Profiles, rows: Ints, size: Ints, where: Where) ->
         stage, column = np.argwhere(bad)[0].tolist()
         level = profiles.levels[rows[stage, column]]
         raise UserError(
-            f"{where(stage)}: nothing for an executor that starts at level {level}: first and fresh are empty there, and "
+            f"{where(stage)}: no duration for a new executor at level {level}: first and fresh are empty there, and "
             "first at lower levels; fill one of them"
         )
 
