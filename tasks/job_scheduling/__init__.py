@@ -1,1 +1,5 @@
 """Cluster job scheduling: which stage of which job should the next free executors work on?"""
+
+from tasks.job_scheduling import fetching as _fetching  # registers the public data set
+
+del _fetching

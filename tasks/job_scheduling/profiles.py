@@ -130,6 +130,11 @@ def _refuse_twice(owner: Ints, values: Ints, message: Callable[[int], str]) -> N
         raise UserError(message(int(order[int(same.argmax()) + 1])))
 
 
+def sorted_children(profiles: Profiles) -> Ints:
+    """(E,) children, ascending within a stage."""
+    return profiles.children[np.lexsort((profiles.children, owners(profiles.child_start)))]
+
+
 def reversed_edges(profiles: Profiles) -> tuple[Ints, Ints]:
     """(S + 1,) where the parents of a stage begin; (E,) parents, numbered within the job, ascending."""
     base = np.repeat(profiles.stage_start[:-1], np.diff(profiles.stage_start))

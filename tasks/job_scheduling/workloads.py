@@ -20,7 +20,8 @@ from tasks.job_scheduling.profiles import (
     owners,
     reversed_edges,
     size_key,
-)  # fmt: skip
+    sorted_children,
+)
 from tasks.job_scheduling.profiles_parquet import read_parquet
 from tasks.job_scheduling.published_npy import read_published
 
@@ -127,10 +128,9 @@ def prepare(profiles: Profiles, source: str) -> Workload:
     _refuse_no_draw(profiles, rows, wave_size, where)
     medians = _medians(wave_start, wave_size, durations)
     parent_start, parents = reversed_edges(profiles)
-    children = profiles.children[np.lexsort((profiles.children, owners(profiles.child_start)))]
     return Workload(
         profiles.sizes, profiles.queries, profiles.stage_start, num_tasks, rough, heights(profiles, where),
-        profiles.child_start, children, parent_start, parents,
+        profiles.child_start, sorted_children(profiles), parent_start, parents,
         wave_start, wave_size, profiles.levels[rows], present, durations, medians, table,
     )  # fmt: skip
 
