@@ -122,7 +122,9 @@ def _table(path: Path) -> pa.Table:
         if not table.num_rows:
             raise UserError(f"{path}: holds no jobs; expected one row a stage")
         return pa.table({name: _column(path, name, table[name]) for name in COLUMNS})
-    except (pa.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # ValueError: names that are no UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{path}: not a whole Parquet file of jobs ({reason}); fetch or copy it again") from error
 
