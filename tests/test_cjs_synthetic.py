@@ -152,9 +152,8 @@ def test_equal_seeds_give_equal_workloads_and_others_share_no_job(tmp_path: Any)
 
 
 def test_scale_and_spread_change_durations_only() -> None:
-    plain, scaled, alike = (
-        generate(SyntheticWorkload(6, scale=scale, spread=spread)) for scale, spread in ((1, 1), (2, 1), (1, 0))
-    )
+    settings = ((1, 1), (2, 1), (1, 0))
+    plain, scaled, alike = (generate(SyntheticWorkload(6, scale=scale, spread=spread)) for scale, spread in settings)
     for other in (scaled, alike):
         np.testing.assert_array_equal(other.num_tasks, plain.num_tasks)
         np.testing.assert_array_equal(other.children, plain.children)
