@@ -120,19 +120,33 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 """What reads the header of an ``.npy`` file, by version; numpy parses it as a literal."""
 
 
+def _stand_in(module: str, name: str, known: Mapping[tuple[str, str], Any]) -> Any:
+    """The stand-in of a global; nothing is ever imported."""
+    if (module, name) not in known:
+        raise UserError(f"refused: it asks for {module}.{name}, which is not data")
+    return known[module, name]
+
+
 class _Reader(pickle.Unpickler):
-    def __init__(self, stream: Any, classes: Collection[str] = (), others: Mapping[Any, Any] | None = None) -> None:
+    def __init__(self, stream: Any, classes: Collection[str]) -> None:
         super().__init__(stream)
         self.classes = classes
-        self.stand_ins = STAND_INS | dict(others or {})
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give the stand-in of a global; nothing is ever imported."""
-        if name in self.classes:
-            return Record
-        if (module, name) not in self.stand_ins:
-            raise UserError(f"refused: it asks for {module}.{name}, which is not data")
-        return self.stand_ins[module, name]
+        return Record if name in self.classes else _stand_in(module, name, STAND_INS)
+
+
+class _ObjectReader(pickle._Unpickler):
+    """Reads one object of plain data.
+
+    It is Python's own reader in Python, which keeps a dictionary of what a pickle numbers; that in C makes a table of
+    as many gigabytes as a broken file says. So would bytearrays, which numpy does not write.
+    """
+
+    dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _stand_in(module, name, STAND_INS | {("numpy", "dtype"): _Object})
 
 
 def read_pickle(file: Path, classes: Collection[str] = ()) -> Any:
@@ -168,7 +182,7 @@ def read_npy(file: Path) -> Any:
         header = HEADERS[np.lib.format.read_magic(stream)]
         shape, fortran, dtype = header(stream)
         if dtype.kind == OBJECT:
-            return _Reader(stream, others={("numpy", "dtype"): _Object}).load().value[()]
+            return _ObjectReader(stream).load().value[()]
         kind = _Type(dtype.str)
         kind.value = dtype
         return _from_bytes(stream.read(), kind, shape, "F" if fortran else "C")

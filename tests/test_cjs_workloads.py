@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import fetch
+from netllm_pl.unpickle import read_npy
 from tasks.job_scheduling import fetching
 from tasks.job_scheduling.fetching import content_sha256
 from tasks.job_scheduling.profiles import Profiles
@@ -271,6 +273,21 @@ def test_published_files_that_are_no_profiles_are_refused(
         read_workload(folder.parent)
     assert "task_duration_1.npy" in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("code", [b"Nr\x00\x00\x00\x01.", b"\x96\x00\x00\x00\x10\x00\x00\x00\x00."])
+def test_a_broken_object_does_not_take_the_memory_that_it_names(code: bytes, tmp_path: Path) -> None:
+    """The first puts None at place 16,777,216 of a table, the second makes a bytearray of 256 MB."""
+    file = tmp_path / "object.npy"
+    np.save(file, {})  # type: ignore[arg-type]
+    whole = file.read_bytes()
+    file.write_bytes(whole[: whole.index(b"\n") + 1] + b"\x80\x05" + code)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="is not an .npy file of plain data"):
+        read_npy(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 @pytest.mark.parametrize("name", ["adj_mat_1.npy", "task_duration_1.npy"])
