@@ -283,7 +283,7 @@ def test_a_broken_object_does_not_take_the_memory_that_it_names(code: bytes, tmp
     whole = file.read_bytes()
     file.write_bytes(whole[: whole.index(b"\n") + 1] + b"\x80\x05" + code)
     tracemalloc.start()
-    with pytest.raises(UserError, match="is not an .npy file of plain data"):
+    with pytest.raises(UserError, match=r"is not an \.npy file of plain data"):
         read_npy(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
