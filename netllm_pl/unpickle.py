@@ -143,7 +143,9 @@ class _ObjectReader(pickle._Unpickler):
     as many gigabytes as a broken file says. So would bytearrays, which numpy does not write.
     """
 
-    dispatch: ClassVar = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+    dispatch: ClassVar = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         return _stand_in(module, name, STAND_INS | {("numpy", "dtype"): _Object})
