@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
 from netllm_pl.data import Batch
+from netllm_pl.encoders import padded
 from netllm_pl.errors import UserError
-from netllm_pl.ragged import observed
+from netllm_pl.heads import IMPOSSIBLE
+from netllm_pl.ragged import LENGTH, observed
 from netllm_pl.rollout import Array, Observations, Policy
 from netllm_pl.task import NetTask
 
@@ -67,23 +70,35 @@ class OfflineTask(ActingTask):
 
     objective: Objective = "values"
 
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+    def choose(self, scores: Any, batch: Batch, generator: np.random.Generator | None = None) -> Tensor:
+        """Turn the scores of steps into actions (B, W, ...).
+
+        Args:
+            scores: What `forward` gives, (B, W, ...); of candidates there may be more than in the batch, masked.
+            batch: The observations.
+            generator: Draws actions, each as likely as the softmax of the scores says; None takes the best.
+        """
+        return pick(scores, generator)
+
+    def loss(self, prediction: Any, batch: Batch) -> Tensor:
         """Loss over the real steps."""
         real = batch["mask"]
         if self.objective == "imitation":
             return F.cross_entropy(prediction[real], batch["action"][real])
-        return F.smooth_l1_loss(prediction[real], _regrets(batch)[real], beta=HUBER)
+        regrets, known = _regrets(batch)
+        known = known & real.unsqueeze(-1)
+        return F.smooth_l1_loss(prediction[known], regrets[known], beta=HUBER)
 
     def build_metrics(self) -> MetricCollection:
         """``accuracy``: share of recorded actions that score best; ``regret``: lost by the best score's action."""
         return MetricCollection({"accuracy": MeanMetric(), "regret": MeanMetric()})
 
-    def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: MetricCollection, prediction: Any, batch: Batch) -> None:
         """Feed the real steps; without action values every action but the recorded one has a regret of 1."""
         real, chosen = batch["mask"], prediction.argmax(-1)
         hit = (chosen == batch["action"])[real].float()
         metrics["accuracy"].update(hit)
-        lost = -_regrets(batch).gather(-1, chosen.unsqueeze(-1))[real] if "values" in batch else 1 - hit
+        lost = -_regrets(batch)[0].gather(-1, chosen.unsqueeze(-1))[real] if "values" in batch else 1 - hit
         metrics["regret"].update(lost)
 
 
@@ -91,10 +106,10 @@ class Greedy:
     """Takes the best choice on what is seen now; for tasks without memory.
 
     Args:
-        task: Scores choices (N, 1, C).
+        task: Scores the choices of a step.
     """
 
-    def __init__(self, task: ActingTask) -> None:
+    def __init__(self, task: OfflineTask) -> None:
         self.task = task
 
     def reset(self, n: int) -> None:
@@ -107,8 +122,19 @@ class Greedy:
         batch = self.task.observe(observations, self.step)
         self.step += 1
         with evaluating(self.task):
-            best: Array = self.task(batch)[:, 0].argmax(-1).cpu().numpy()
+            best: Array = self.task.choose(self.task(batch), batch)[:, 0].cpu().numpy()
         return best
+
+
+def pick(scores: Tensor, generator: np.random.Generator | None = None) -> Tensor:
+    """Choose along the last axis of scores (..., C): the best (...), or one drawn from their softmax."""
+    if generator is None:
+        return scores.argmax(-1)
+    # Gumbel-max: the softmax need not be computed.
+    values = scores.float().cpu().numpy()
+    noise = generator.gumbel(size=values.shape)
+    drawn = np.where(values > IMPOSSIBLE / 2, values + noise, values).argmax(-1)
+    return torch.from_numpy(drawn).to(scores.device)
 
 
 @contextmanager
@@ -129,8 +155,15 @@ def check_columns(batch: Batch, names: Sequence[str]) -> None:
         raise UserError(f"the experience has no column {missing[0]}; there are {', '.join(batch)}")
 
 
-def _regrets(batch: Batch) -> Tensor:
+def _regrets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Negative regrets (B, W, C), and which of them there are (B, W, C) bool."""
     if "values" not in batch:
         raise UserError("objective 'values' needs action values, which the pool does not have; collect with --values")
     values = batch["values"].float()
-    return (values - values.amax(-1, keepdim=True)).clamp_min(-REGRET)
+    known = torch.ones_like(values, dtype=torch.bool)
+    lengths = batch.get("values" + LENGTH)
+    if lengths is not None:
+        lines = padded(values, lengths.flatten()).values
+        known = lengths.unsqueeze(-1) > torch.arange(lines.shape[1], device=lengths.device)
+        values = lines.view(known.shape).masked_fill(~known, IMPOSSIBLE)
+    return (values - values.amax(-1, keepdim=True)).clamp_min(-REGRET), known

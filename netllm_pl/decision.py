@@ -4,10 +4,11 @@ Shapes: B batch, W steps of a window, K tokens a step, S state tokens a step, C 
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -16,8 +17,10 @@ from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.encoders import TokenNorm
 from netllm_pl.errors import UserError
-from netllm_pl.heads import IMPOSSIBLE, ChoiceHead
+from netllm_pl.heads import ChoiceHead
+from netllm_pl.ragged import LENGTH, join_steps
 from netllm_pl.rollout import Array, Observations
+from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, visible
 from netllm_pl.task import OptimizerConfig, Prompt
 
 
@@ -27,14 +30,16 @@ class DecisionTask(OfflineTask):
     The tokens of a step are, in this order: the return that is still wanted (if ``returns``), the state, and the
     action that was taken (if ``actions``). The last state token answers. A token sees the steps of the last
     ``context``, its own included: in a long training window through a band mask, in use through a key/value cache from
-    which older steps are dropped; both give the same answers.
+    which older steps are dropped; both give the same answers. With a context of 1 each step is a sequence of its own.
 
-    A task overrides `state`, and `decide` if a `ChoiceHead` is not what it needs.
+    A task overrides `state`. One whose candidates differ in number from step to step returns `StepTokens` from it, sets
+    ``choices`` to None, and brings `decide` (with a `PointerHead`), `choose`, and for ``actions`` `action_tokens`;
+    where actions have a shape, `action_shape`.
 
     Args:
         backbone: The language model; it must be causal.
         optimizer: AdamW's settings.
-        choices: Actions to choose from (C).
+        choices: Actions to choose from (C); None where they differ from step to step.
         context: Steps that a decision sees, the current one included.
         objective: Learn action values of the pool (``values``), or its actions (``imitation``).
         returns: Condition on the return to go (Chen et al., 2021, arXiv:2106.01345).
@@ -46,11 +51,14 @@ class DecisionTask(OfflineTask):
         rollout_every: Validations between two evaluations by rollout.
     """
 
+    action_shape: ClassVar[tuple[int, ...]] = ()
+    """Shape of one action."""
+
     def __init__(
         self,
         backbone: BackboneConfig,
         optimizer: OptimizerConfig | None = None,
-        choices: int = 6,
+        choices: int | None = 6,
         context: int = 20,
         objective: Objective = "values",
         returns: bool = False,
@@ -73,74 +81,116 @@ class DecisionTask(OfflineTask):
         self.target_return, self.return_scale, self.rollout_every = target_return, return_scale, rollout_every
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
         self.wanted = nn.Sequential(nn.Linear(1, d_model), TokenNorm(d_model, scale)) if returns else None
-        self.taken = nn.Sequential(nn.Embedding(choices, d_model), TokenNorm(d_model, scale)) if actions else None
-        self.head = ChoiceHead(self.backbone.d_hidden, choices, head_width)
+        self.actions = actions
+        self.taken: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if choices is not None:
+            self.taken = nn.Sequential(nn.Embedding(choices, d_model), TokenNorm(d_model, scale)) if actions else None
+            self.head = ChoiceHead(self.backbone.d_hidden, choices, head_width)
 
     # What a task says -------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def state(self, batch: Batch) -> Tensor:
-        """Encode the observations of every step: (B, W, S, d_model)."""
+    def state(self, batch: Batch) -> Tensor | StepTokens:
+        """Encode the observations of every step: (B, W, S, d_model), or `StepTokens` where S differs between steps."""
 
-    def decide(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Score the choices (B, W, C) from the states (B, W, d_hidden) of the answering tokens."""
-        scores: Tensor = self.head(hidden, batch.get("allowed"))
-        return scores
+    def decide(self, hidden: Tensor, batch: Batch) -> Any:
+        """Score the choices of every step, as `choose` and `loss` read them.
+
+        Args:
+            hidden: (B, W, S, d_hidden) states of all state tokens, of which the last one decides.
+            batch: The observations.
+        """
+        assert self.head is not None, f"{type(self).__name__} has no fixed choices, and no decide() of its own"
+        return self.head(hidden[:, :, -1], batch.get("allowed"))
+
+    def action_tokens(self, batch: Batch, state: StepTokens) -> Tensor:
+        """Encode the actions ``batch["action"]`` (B, W, ...) that were taken.
+
+        Args:
+            batch: Observations and actions.
+            state: What `state` made of them.
+
+        Returns:
+            (B, W, 1, d_model).
+        """
+        assert self.taken is not None, f"{type(self).__name__} has no fixed choices, and no action_tokens() of its own"
+        tokens: Tensor = self.taken(batch["action"].long().unsqueeze(-1))
+        return tokens
 
     # Training ---------------------------------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> Prompt:
-        """Lay out the tokens of all steps; which tokens a token sees is said by a band mask."""
-        tokens, answer = self._tokens(batch)
-        steps, per_step = tokens.shape[1:3]
-        step = torch.arange(steps, device=tokens.device).repeat_interleave(per_step)
-        mask = None if steps <= self.context else self.visible(step, step)
-        answers = torch.arange(steps, device=tokens.device) * per_step + answer
-        offsets = torch.arange(per_step, device=tokens.device)
-        positions = (batch["step"].unsqueeze(-1) * per_step + offsets).flatten(1)
-        return Prompt(tokens.flatten(1, 2), answers, mask, positions)
-
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Score the choices at every step."""
-        return self.decide(hidden, batch)
-
-    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Say which tokens a token sees: not later ones, nor those of steps that lie `context` or more back.
-
-        Args:
-            queries: (Q,) steps of the tokens that look.
-            keys: (T,) steps of all tokens; the last Q are the queries.
-
-        Returns:
-            (1, 1, Q, T) bool.
-        """
-        order = torch.arange(len(keys), device=keys.device)
-        causal = order[None] <= order[len(keys) - len(queries) :, None]
-        near = keys[None] > queries[:, None] - self.context
-        return (causal & near)[None, None]
-
-    def _tokens(self, batch: Batch) -> tuple[Tensor, int]:
-        """All tokens (B, W, K, d_model), and which of a step's tokens answers."""
-        read = {"step": True, "return_to_go": self.wanted is not None, "action": self.taken is not None}
+        """Lay out the tokens of all steps."""
+        read = {"step": True, "return_to_go": self.wanted is not None, "action": self.remembers_actions}
         check_columns(batch, [name for name, needed in read.items() if needed])
-        parts = [self.state(batch)]
+        state = self.state_tokens(batch)
+        parts = self.before(batch, state)
+        count = state.values.shape[2]
+        own = sum(part.values.shape[2] for part in parts) - count + torch.arange(count, device=state.values.device)
+        if self.remembers_actions:
+            parts.append(self.after(batch, state))
+        if self.context == 1:
+            parts = [part.apart() for part in parts]
+        line = lay_out(parts)
+        steps = parts[0].values.shape[1]
+        # The model's own causal mask will do if all steps are seen.
+        alike = line.real is None and not state.both_ways and steps <= self.context
+        answers = (torch.arange(steps, device=own.device)[:, None] * (len(line) // steps) + own).flatten()
+        return Prompt(line.values, answers, None if alike else visible(line, line, self.context), line.positions)
+
+    def answer(self, hidden: Tensor, batch: Batch) -> Any:
+        """Score the choices at every step."""
+        return self.decide(hidden.reshape(*batch["step"].shape, -1, hidden.shape[-1]), batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Scores of a batch; actions where not all steps have the same choices."""
+        scores: Any = self(batch)
+        ragged = any(name + LENGTH in batch for name in batch)
+        prediction: Tensor = self.choose(scores, batch) if ragged else scores
+        return prediction
+
+    @property
+    def remembers_actions(self) -> bool:
+        """Whether a later step sees tokens of earlier actions."""
+        return self.actions and self.context > 1
+
+    def state_tokens(self, batch: Batch) -> StepTokens:
+        """The state tokens of every step."""
+        state = self.state(batch)
+        return StepTokens(state) if isinstance(state, Tensor) else state
+
+    def before(self, batch: Batch, state: StepTokens) -> list[Part]:
+        """Tokens of every step up to its decision: the wanted return if there is one, and the state."""
+        device, count = state.values.device, state.values.shape[2]
+        order = torch.arange(count, device=device)
+        ranks = torch.full_like(order, count - 1) if state.both_ways else order
+        places = order if state.places is None else state.places.to(device)
+        first = int(self.wanted is not None)
+        parts = [Part(state.values, state.mask, ranks, self._positions(batch, state, first + places))]
         if self.wanted is not None:
-            parts.insert(0, self._wanted(batch["return_to_go"]))
-        answer = sum(part.shape[2] for part in parts) - 1
-        if self.taken is not None:
-            parts.append(self._taken(batch["action"]))
-        return torch.cat(parts, dim=2), answer
+            start = torch.zeros(1, dtype=torch.long, device=device)
+            wanted, positions = self._wanted(batch["return_to_go"]), self._positions(batch, state, start)
+            parts.insert(0, Part(wanted, None, start - 1, positions))
+        return parts
+
+    def after(self, batch: Batch, state: StepTokens) -> Part:
+        """The token of every step's action."""
+        place = torch.full((1,), int(self.wanted is not None) + state.width, device=state.values.device)
+        rank = torch.full_like(place, BEHIND)
+        return Part(self.action_tokens(batch, state), None, rank, self._positions(batch, state, place))
+
+    def _positions(self, batch: Batch, state: StepTokens, places: Tensor) -> Tensor:
+        """Positions (B, W, K) in the episode of tokens at places (K,) of their steps."""
+        per_step = int(self.wanted is not None) + state.width + self.actions
+        step = torch.zeros_like(batch["step"]) if self.context == 1 else batch["step"]
+        return step.unsqueeze(-1) * per_step + places
 
     def _wanted(self, returns: Tensor) -> Tensor:
         assert self.wanted is not None
         # A long outage costs thousands; how many does not matter.
         scaled = (returns / self.return_scale).clamp(-2, 2).float().unsqueeze(-1).unsqueeze(-1)
         tokens: Tensor = self.wanted(scaled)
-        return tokens
-
-    def _taken(self, actions: Tensor) -> Tensor:
-        assert self.taken is not None
-        tokens: Tensor = self.taken(actions.long().unsqueeze(-1))
         return tokens
 
     # Use --------------------------------------------------------------------------------------------------------------
@@ -171,74 +221,66 @@ class LanguageModelPolicy:
         self.step = 0
         self.wanted = np.full(n, self.task.target_return)
         self.cache = DynamicCache()
-        self.cached = torch.empty(0, dtype=torch.long, device=self.task.device)  # step of each token in the cache
-        self.pending: Tensor | None = None  # action token of the last step, which was chosen after its pass
+        self.cached: Line | None = None  # the tokens of the cache
+        self.pending: Line | None = None  # the last step's action, which was chosen after its pass
         self.history: list[Batch] = []
 
     @torch.inference_mode()
     def act(self, observations: Observations) -> Array:
         """Decide for every episode."""
-        if self.task.wanted is not None:
+        task = self.task
+        if task.wanted is not None:
             if "reward" not in observations:
                 raise UserError("observations have no 'reward' of the last step, which returns: true needs")
             self.wanted = self.wanted - observations["reward"]
-        batch = self.task.observe(observations | {"return_to_go": self.wanted}, self.step)
-        with evaluating(self.task):
-            scores = self._stream(batch) if self.streaming else self._recompute(batch)
-        actions = self._choose(scores.float().cpu().numpy())
-        taken = torch.as_tensor(actions, device=self.task.device).unsqueeze(1)
-        if self.streaming and self.task.taken is not None:
-            self.pending = self.task._taken(taken)[:, 0]
-        if not self.streaming:
-            self.history[-1]["action"] = taken
+        batch = task.observe(observations | {"return_to_go": self.wanted}, self.step)
+        with evaluating(task):
+            decide = self._stream if self.streaming and task.context > 1 else self._recompute
+            chosen = decide(batch)
         self.step += 1
+        actions: Array = chosen[:, 0].cpu().numpy()
         return actions
 
     def _stream(self, batch: Batch) -> Tensor:
         """Run the last action's token and the new ones; then forget what no later token sees."""
-        task, step, device = self.task, self.step, self.task.device
+        task = self.task
         assert task.backbone is not None
-        parts = [task.state(batch)[:, 0]]
-        if task.wanted is not None:
-            parts.insert(0, task._wanted(batch["return_to_go"])[:, 0])
-        new = sum(part.shape[1] for part in parts)
-        per_step = new + (task.taken is not None)
-        positions = step * per_step + torch.arange(new, device=device)
-        steps = torch.full((new,), step, device=device)
+        state = task.state_tokens(batch)
+        new = lay_out(task.before(batch, state), self.step)
         if self.pending is not None:
-            parts.insert(0, self.pending)
-            positions = torch.cat([positions[:1] - 1, positions])
-            steps = torch.cat([steps[:1] - 1, steps])
-        self.cached = torch.cat([self.cached, steps])
-        visible = task.visible(steps, self.cached)
-        tokens = torch.cat(parts, dim=1)
-        hidden = task.backbone(tokens, visible, self.cache, positions[None].expand(len(tokens), -1))
+            new = follow([self.pending, new])
+        seen = new.without_values()
+        self.cached = seen if self.cached is None else follow([self.cached, seen])
+        mask = visible(new, self.cached, task.context)
+        hidden = task.backbone(new.values, mask, self.cache, new.positions)
         # The token of this step's action comes with the next pass and sees as far back as this step does.
-        horizon = step - task.context + (task.taken is None)
-        self._forget(int((self.cached > horizon).sum()))
-        return task.decide(hidden[:, -1:], batch)[:, 0]
+        horizon = self.step - task.context + (not task.actions)
+        self._forget(int((self.cached.steps > horizon).sum()))
+        chosen = self._choose(task.decide(hidden[:, None, -state.values.shape[2] :], batch), batch)
+        if task.actions:
+            self.pending = lay_out([task.after(batch | {"action": chosen}, state)], self.step)
+        return chosen
 
     def _forget(self, keep: int) -> None:
         """Keep the last tokens of the cache."""
-        self.cached = self.cached[len(self.cached) - keep :]
+        assert self.cached is not None
+        self.cached = self.cached.last(keep)
         layers: list[Any] = self.cache.layers  # of several kinds; a DynamicCache of attention layers holds one
         for layer in layers:
             start = layer.keys.shape[-2] - keep
             layer.keys, layer.values = layer.keys[..., start:, :], layer.values[..., start:, :]
 
     def _recompute(self, batch: Batch) -> Tensor:
-        """Run the whole episode so far."""
-        batch["action"] = torch.zeros_like(batch["step"])  # its token comes behind the answer, which cannot see it
-        self.history.append(batch)
-        whole = {name: torch.cat([step[name] for step in self.history], dim=1) for name in batch}
-        scores: Tensor = self.task(whole)[:, -1]
-        return scores
+        """Run the whole episode so far, or what of it is seen, through the pass of training."""
+        # The token of this step's action comes behind the answer, which cannot see it.
+        shape = (*batch["step"].shape, *self.task.action_shape)
+        batch["action"] = torch.zeros(shape, dtype=torch.long, device=self.task.device)
+        self.history = [*self.history, batch] if self.task.context > 1 else [batch]
+        scores = apply_to_collection(self.task(join_steps(self.history)), Tensor, lambda part: part[:, -1:])
+        chosen = self._choose(scores, batch)
+        batch["action"] = chosen
+        return chosen
 
-    def _choose(self, scores: Array) -> Array:
-        if not self.task.sample:
-            best: Array = scores.argmax(-1)
-            return best
-        # Gumbel-max: the softmax need not be computed.
-        noise = self.generator.gumbel(size=scores.shape)
-        drawn: Array = np.where(scores > IMPOSSIBLE / 2, scores + noise, scores).argmax(-1)
-        return drawn
+    def _choose(self, scores: Any, batch: Batch) -> Tensor:
+        """Actions (N, 1, ...) of the last step."""
+        return self.task.choose(scores, batch, self.generator if self.task.sample else None)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
@@ -95,12 +96,12 @@ class NetTask(pl.LightningModule, ABC):
         """Turn a batch into the tokens that the language model reads."""
         raise TypeError(f"{type(self).__name__} overrides neither encode() nor forward()")
 
-    def answer(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Turn hidden states (B, A, d_hidden) into the answer."""
+    def answer(self, hidden: Tensor, batch: Batch) -> Any:
+        """Turn hidden states (B, A, d_hidden) into the prediction: a tensor, or a NamedTuple of tensors."""
         raise TypeError(f"{type(self).__name__} overrides neither answer() nor forward()")
 
     @abstractmethod
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+    def loss(self, prediction: Any, batch: Batch) -> Tensor:
         """Return the scalar training loss."""
 
     @abstractmethod
@@ -108,7 +109,7 @@ class NetTask(pl.LightningModule, ABC):
         """Return the metrics of one split; called once a split."""
 
     @abstractmethod
-    def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: MetricCollection, prediction: Any, batch: Batch) -> None:
         """Feed a prediction to the metrics."""
 
     def augment(self, batch: Batch) -> Batch:
@@ -117,7 +118,7 @@ class NetTask(pl.LightningModule, ABC):
 
     # What every task does ---------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Any:
         """Predict in a single pass of the language model."""
         if self.backbone is None:
             raise UserError(f"{type(self).__name__} needs a backbone; set model.backbone.name")
@@ -131,7 +132,7 @@ class NetTask(pl.LightningModule, ABC):
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self._update("train", prediction.detach(), batch)
+        self._update("train", apply_to_collection(prediction, Tensor, Tensor.detach), batch)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -154,7 +155,7 @@ class NetTask(pl.LightningModule, ABC):
         self.log(f"{name}/loss", self.loss(prediction, batch), batch_size=size, sync_dist=True)
         self._update(split, prediction, batch)
 
-    def _update(self, split: str, prediction: Tensor, batch: Batch) -> None:
+    def _update(self, split: str, prediction: Any, batch: Batch) -> None:
         metrics = self.split_metrics[f"{split}_metrics"]
         assert isinstance(metrics, MetricCollection)
         self.update_metrics(metrics, prediction, batch)

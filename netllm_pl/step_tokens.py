@@ -1,0 +1,154 @@
+"""The tokens of steps: how they follow each other, where each stands, and which of them a token sees.
+
+Shapes: B batch, W steps, K tokens a step, S state tokens a step, T tokens of a sequence, Q of them new.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BEHIND = 2**31 - 1
+"""Rank of what comes behind all state tokens of a step."""
+
+
+class StepTokens(NamedTuple):
+    """State tokens of every step; the last one, which must be real, decides.
+
+    Attributes:
+        values: (B, W, S, d_model) float.
+        mask: (B, W, S) bool, True at real tokens: nobody sees the others. None if all are.
+        places: (S,) int64, on the CPU: where each stands within the step. Tokens of a set share a place, so that
+            positions do not depend on how many there are, nor on padding. None counts them.
+        both_ways: Whether all state tokens of a step see each other; otherwise each sees those before it.
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+    places: Tensor | None = None
+    both_ways: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many places the state of a step has."""
+        return self.values.shape[2] if self.places is None else int(self.places.max()) + 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that each step has next to each other.
+
+    Attributes:
+        values: (B, W, K, d_model) float.
+        real: (B, W, K) bool; None if all are.
+        ranks: (K,) int64; within a step a token sees those of no higher rank.
+        positions: (B, W, K) int64 place of each token in its sequence.
+    """
+
+    values: Tensor
+    real: Tensor | None
+    ranks: Tensor
+    positions: Tensor
+
+    def apart(self) -> "Part":
+        """Make each step a sequence of its own: (B W, 1, K, ...)."""
+        real = None if self.real is None else self.real.flatten(0, 1).unsqueeze(1)
+        return Part(self.values.flatten(0, 1).unsqueeze(1), real, self.ranks, self.positions.flatten(0, 1).unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class Line:
+    """Tokens in the order in which the language model reads them.
+
+    Attributes:
+        values: (B, T, d_model) float.
+        real: (B, T) bool; None if all are.
+        ranks: (T,) int64; within a step a token sees those of no higher rank.
+        steps: (T,) int64 step of each token.
+        positions: (B, T) int64.
+    """
+
+    values: Tensor
+    real: Tensor | None
+    ranks: Tensor
+    steps: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        """Number of tokens of a sequence (T)."""
+        return len(self.steps)
+
+    def last(self, keep: int) -> "Line":
+        """Drop all tokens but the last ones."""
+        begin = len(self) - keep
+        real = None if self.real is None else self.real[:, begin:]
+        return Line(self.values[:, begin:], real, self.ranks[begin:], self.steps[begin:], self.positions[:, begin:])
+
+    def without_values(self) -> "Line":
+        """Keep only what says who sees whom."""
+        return replace(self, values=self.values[..., :0])
+
+
+def lay_out(parts: Sequence[Part], first: int = 0) -> Line:
+    """Put the parts of each step, and the steps, one behind the other.
+
+    Args:
+        parts: In the order of the tokens of a step.
+        first: Number of the first step.
+    """
+    values = torch.cat([part.values for part in parts], dim=2)
+    steps, count = values.shape[1:3]
+    numbers = first + torch.arange(steps, device=values.device).repeat_interleave(count)
+    real = _join([part.real for part in parts], [part.values for part in parts], dim=2)
+    return Line(
+        values.flatten(1, 2),
+        None if real is None else real.flatten(1),
+        torch.cat([part.ranks for part in parts]).repeat(steps),
+        numbers,
+        torch.cat([part.positions for part in parts], dim=2).flatten(1),
+    )
+
+
+def follow(lines: Sequence[Line]) -> Line:
+    """Put lines of the same batch one behind the other."""
+    return Line(
+        torch.cat([line.values for line in lines], dim=1),
+        _join([line.real for line in lines], [line.values for line in lines], dim=1),
+        torch.cat([line.ranks for line in lines]),
+        torch.cat([line.steps for line in lines]),
+        torch.cat([line.positions for line in lines], dim=1),
+    )
+
+
+def visible(new: Line, line: Line, context: int) -> Tensor:
+    """Say which tokens each new token sees: real ones of the last `context` steps, its own included, none later.
+
+    Args:
+        new: The tokens that look (Q).
+        line: All tokens (T); the last Q are the new ones.
+        context: Steps.
+
+    Returns:
+        (B or 1, 1, Q, T) bool. Each token sees itself, so that padding does not give NaN.
+    """
+    ahead = new.steps[:, None] - line.steps[None]
+    seen = (ahead > 0) | ((ahead == 0) & (line.ranks[None] <= new.ranks[:, None]))
+    seen = (seen & (ahead < context))[None, None]
+    if line.real is None:
+        return seen
+    own = torch.ones(len(new), len(line), dtype=torch.bool, device=seen.device).triu(len(line) - len(new))
+    own = own.tril(len(line) - len(new))
+    return (seen & line.real[:, None, None]) | own
+
+
+def _join(masks: Sequence[Tensor | None], values: Sequence[Tensor], dim: int) -> Tensor | None:
+    """Join masks where at least one says anything."""
+    if all(mask is None for mask in masks):
+        return None
+    every = [
+        torch.ones(value.shape[:-1], dtype=torch.bool, device=value.device) if mask is None else mask
+        for mask, value in zip(masks, values, strict=True)
+    ]
+    return torch.cat(every, dim=dim)
