@@ -11,7 +11,7 @@ nodes of a graph) are large lists: an array (n, ...) is stored flat, and its sha
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from math import prod
@@ -33,6 +33,8 @@ FORMAT, VERSION = "netllm_pl experience pool", 1
 MANIFEST, EPISODES = "manifest.json", "episodes.parquet"
 SHARD_BYTES = 64 * 1024**2
 """Uncompressed size of a shard: what reading and writing hold in memory."""
+PORTION = 16384
+"""Steps that are turned into columns at a time, or one episode: a long rollout is not copied as a whole."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ class PoolWriter:
 
         Args:
             rollout: N episodes with recorded observations. An observation ``reward`` (of the last action) is left out,
-                as the row before holds it; ``info["values"]`` (T, N, A) is kept as ``values``.
+                as the row before holds it; ``info["values"]`` (T, N, A) is kept as ``values``. What differs in length
+                from step to step is an object array (T, N) of arrays.
             policy: Who acted.
             seeds: (N,) what the episodes were drawn from.
 
@@ -187,12 +190,14 @@ class PoolWriter:
         clash = sorted(set(seen) & set(FIXED))
         if clash:
             raise ValueError(f"observations may not be called {', '.join(clash)}")
-        rows = {name: column.swapaxes(0, 1)[alive] for name, column in (seen | {"action": rollout.actions}).items()}
-        episodes = np.arange(self._count, self._count + len(steps))
-        rows |= {"reward": rewards[alive], "return_to_go": to_go[alive]}
-        rows |= {"episode": np.repeat(episodes, steps), "step": np.nonzero(alive)[1]}
-        self._check(rows, policy)
-        self._append(rows)
+        columns = {name: column.swapaxes(0, 1) for name, column in (seen | {"action": rollout.actions}).items()}
+        columns |= {"reward": rewards, "return_to_go": to_go}
+        for part in _portions(steps):
+            rows = {name: column[part][alive[part]] for name, column in columns.items()}
+            episodes = np.arange(self._count + part.start, self._count + part.stop)
+            rows |= {"episode": np.repeat(episodes, steps[part]), "step": np.nonzero(alive[part])[1]}
+            self._check(rows, policy)
+            self._append(rows)
         self._count += len(steps)
         about = {"policy": [policy] * len(steps), "seed": [-1] * len(steps) if seeds is None else seeds}
         for name, values in (about | {"steps": steps, "return": to_go[:, 0]}).items():
@@ -200,8 +205,9 @@ class PoolWriter:
 
     def _check(self, rows: dict[str, Array], policy: str) -> None:
         for name, values in rows.items():
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                bad = int(rows["episode"][np.nonzero(~np.isfinite(values))[0][0]]) - self._count
+            finite = _finite(values)
+            if not finite.all():
+                bad = int(rows["episode"][finite.argmin()]) - self._count
                 raise UserError(f"'{name}' is not finite in episode {bad} of this rollout of {policy}; check the data")
         if not self.columns:
             fixed = FIXED | {"action": Column("int32", rows["action"].shape[1:])}
@@ -272,6 +278,28 @@ def schema(columns: Mapping[str, Column]) -> pa.Schema:
 def columns_of(manifest: Mapping[str, Any]) -> dict[str, Column]:
     """Columns of a pool's steps."""
     return {name: Column(told["dtype"], tuple(told["shape"])) for name, told in manifest["columns"].items()}
+
+
+def _portions(steps: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Divide episodes of so many steps into neighbours of at most `PORTION` steps, or single ones."""
+    start, taken = 0, 0
+    for number, size in enumerate(steps.tolist()):
+        if number > start and taken + size > PORTION:
+            yield slice(start, number)
+            start, taken = number, 0
+        taken += size
+    yield slice(start, len(steps))
+
+
+def _finite(values: Array) -> npt.NDArray[np.bool_]:
+    """Say of each row whether all of its numbers are finite."""
+    parts = list(values) if values.dtype == object else [values]
+    finite = np.ones(len(values), np.bool_)
+    if parts[0].dtype.kind == "f":
+        wrong = np.nonzero(~np.isfinite(np.concatenate([part.reshape(-1) for part in parts])))[0]
+        sizes = [part.size for part in parts] if values.dtype == object else [values[0].size] * len(values)
+        finite[np.searchsorted(np.cumsum(sizes), wrong, side="right")] = False
+    return finite
 
 
 def _identity(file: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from netllm_pl.backbone import BackboneConfig, LoRA
@@ -20,6 +21,8 @@ from netllm_pl.checkpoint import KEY, AtomicCheckpointIO, check_identity, load_t
 from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.errors import UserError
 from netllm_pl.export import export
+from netllm_pl.heads import IMPOSSIBLE
+from netllm_pl.ragged import select
 from netllm_pl.rollout import Array, Environment, Observations
 from netllm_pl.task import NetTask
 
@@ -120,12 +123,13 @@ def check_predictions(task: NetTask, batch: Batch) -> None:
     size = _size(batch)
     assert size >= 2, f"the batch holds {size} samples; give data with batches of at least 2"
     together = _predict(task, batch)
-    assert together.shape[0] == size, f"forward gives {together.shape[0]} predictions for {size} samples"
-    assert torch.isfinite(together).all(), "forward gives predictions that are not finite"
-    assert torch.equal(together, _predict(task, batch)), "two calls in evaluation mode give different predictions"
+    for tensor, again in zip(together, _predict(task, batch), strict=True):
+        assert tensor.shape[0] == size, f"forward gives {tensor.shape[0]} predictions for {size} samples"
+        assert torch.isfinite(tensor).all(), "forward gives predictions that are not finite"
+        assert torch.equal(tensor, again), "two calls in evaluation mode give different predictions"
     for part in (slice(0, 1), slice(size // 2, size)):
-        alone = _predict(task, {name: value[part] for name, value in batch.items()})
-        error = _difference(together[part], alone)
+        alone = _predict(task, select(batch, part))
+        error = _difference([tensor[part] for tensor in together], alone)
         assert error <= 1e-4, (
             f"a prediction depends on the other samples in the batch (relative difference {error:.1e})"
         )
@@ -243,14 +247,14 @@ def _run(env: Environment, seeds: Sequence[int], act: Act, limit: int) -> list[d
     while not over.all():
         assert len(steps) < limit, f"after {limit} steps {int((~over).sum())} episodes are not over"
         record = {"alive": ~over} | {f"observation {name}": value for name, value in observations.items()}
-        kept.append((observations, {name: value.copy() for name, value in observations.items()}))
+        kept.append((observations, {name: _copy(value) for name, value in observations.items()}))
         observations, rewards, now, info = env.step(act(observations))
         assert not (over & ~now).any(), f"an episode was over and goes on at step {len(steps)}"
         over = now
         record |= {"reward": rewards, "over": over} | {f"info {name}": value for name, value in info.items()}
         steps.append(record)
     for given, copy in kept:
-        changed = [name for name in copy if not np.array_equal(given[name], copy[name])]
+        changed = [name for name in copy if not _equal(given[name], copy[name])]
         assert not changed, f"the observation {changed[0]} changed after it was handed out"
     return steps
 
@@ -264,6 +268,9 @@ def _check_steps(steps: list[dict[str, Array]], n: int) -> None:
             assert value.shape[:1] == (n,), f"{name} has shape {value.shape} for {n} episodes"
             same = value.shape == first[name].shape and value.dtype == first[name].dtype
             assert same, f"{name} is {value.dtype} {value.shape} at step {number}, at first {first[name].dtype}"
+            if value.dtype == object:
+                kinds = {(row.dtype, row.shape[1:]) for row in (first[name][0], *value[step["alive"]])}
+                assert len(kinds) == 1, f"{name} holds arrays of different kinds at step {number}: {kinds}"
         assert np.isfinite(step["reward"][step["alive"]]).all(), f"a reward is not finite at step {number}"
         assert step["over"].dtype == np.bool_, f"over is {step['over'].dtype}, not bool"
 
@@ -276,9 +283,26 @@ def _differs(steps: list[dict[str, Array]], others: list[dict[str, Array]], own:
     for step, reference, living in zip(steps, others, alive[0], strict=False):
         for name in step:
             a, b = step[name][list(own)][living], reference[name][list(other)][living]
-            if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+            if not _equal(a, b):
                 return name
     return ""
+
+
+def _copy(values: Array) -> Array:
+    """Copy an array, and the arrays that it holds."""
+    out = values.copy()
+    if values.dtype == object:
+        out[:] = [value.copy() for value in values]
+    return out
+
+
+def _equal(one: Array, two: Array) -> bool:
+    """Compare arrays, or arrays that hold arrays, of which types and shapes must agree, too."""
+    if one.dtype != object:
+        return np.array_equal(one, two, equal_nan=one.dtype.kind == "f")
+    return len(one) == len(two) and all(
+        a.dtype == b.dtype and a.shape == b.shape and _equal(a, b) for a, b in zip(one, two, strict=True)
+    )
 
 
 def _check_checkpoint(task: NetTask, batch: Batch, path: Path) -> None:
@@ -329,11 +353,12 @@ def _size(batch: Batch) -> int:
     return int(next(iter(batch.values())).shape[0])
 
 
-def _predict(task: NetTask, batch: Batch) -> Tensor:
+def _predict(task: NetTask, batch: Batch) -> Sequence[Tensor]:
+    """Tensors of a prediction."""
     task.eval()
     with torch.no_grad():
-        prediction: Tensor = task(batch)
-    return prediction
+        prediction = task(batch)
+    return [prediction] if isinstance(prediction, Tensor) else list(prediction)
 
 
 def _loss(task: NetTask, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
@@ -348,7 +373,18 @@ def _loss(task: NetTask, batch: Batch, optimizer: torch.optim.Optimizer) -> floa
     return float(loss.detach())
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest difference, relative to the largest value if that is above one."""
-    a, b = a.double(), b.double()
-    return float((a - b).abs().max() / a.abs().max().clamp_min(1.0))
+def _difference(one: Sequence[Tensor], two: Sequence[Tensor]) -> float:
+    """Return the largest difference, relative to the largest value if that is above one.
+
+    Scores of impossible choices count as zero, and so do choices that one of them does not have: padding.
+    """
+    differences = []
+    for a, b in zip(one, two, strict=True):
+        a, b = (torch.where(x <= IMPOSSIBLE / 2, 0.0, x.double()) for x in (a, b))
+        sizes = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+        a, b = (
+            F.pad(x, [n for size, own in zip(sizes[::-1], x.shape[::-1], strict=True) for n in (0, size - own)])
+            for x in (a, b)
+        )
+        differences.append(float((a - b).abs().max() / a.abs().max().clamp_min(1.0)))
+    return max(differences)
