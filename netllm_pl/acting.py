@@ -19,7 +19,7 @@ from netllm_pl.data import Batch
 from netllm_pl.encoders import padded
 from netllm_pl.errors import UserError
 from netllm_pl.heads import IMPOSSIBLE
-from netllm_pl.ragged import LENGTH, observed
+from netllm_pl.ragged import LENGTH, observed, real_of
 from netllm_pl.rollout import Array, Observations, Policy
 from netllm_pl.task import NetTask
 
@@ -137,6 +137,12 @@ def pick(scores: Tensor, generator: np.random.Generator | None = None) -> Tensor
     return torch.from_numpy(drawn).to(scores.device)
 
 
+def chosen_of(values: Tensor, number: Tensor) -> Tensor:
+    """Take what belongs to the chosen candidate (B, W), number 0 or above, out of values (B, W, K, ...)."""
+    rows, steps = (torch.arange(size, device=number.device) for size in number.shape)
+    return values[rows[:, None], steps, number]
+
+
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode for a while."""
@@ -164,6 +170,6 @@ def _regrets(batch: Batch) -> tuple[Tensor, Tensor]:
     lengths = batch.get("values" + LENGTH)
     if lengths is not None:
         lines = padded(values, lengths.flatten()).values
-        known = lengths.unsqueeze(-1) > torch.arange(lines.shape[1], device=lengths.device)
+        known = real_of(lengths, lines.shape[1])
         values = lines.view(known.shape).masked_fill(~known, IMPOSSIBLE)
     return (values - values.amax(-1, keepdim=True)).clamp_min(-REGRET), known

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -21,7 +20,7 @@ from netllm_pl.heads import ChoiceHead
 from netllm_pl.ragged import LENGTH, join_steps
 from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, visible
-from netllm_pl.task import OptimizerConfig, Prompt
+from netllm_pl.task import OptimizerConfig, Prompt, each_tensor
 
 
 class DecisionTask(OfflineTask):
@@ -276,7 +275,7 @@ class LanguageModelPolicy:
         shape = (*batch["step"].shape, *self.task.action_shape)
         batch["action"] = torch.zeros(shape, dtype=torch.long, device=self.task.device)
         self.history = [*self.history, batch] if self.task.context > 1 else [batch]
-        scores = apply_to_collection(self.task(join_steps(self.history)), Tensor, lambda part: part[:, -1:])
+        scores = each_tensor(self.task(join_steps(self.history)), lambda part: part[:, -1:])
         chosen = self._choose(scores, batch)
         batch["action"] = chosen
         return chosen

@@ -57,6 +57,11 @@ def starts_of(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
 
 
+def real_of(lengths: Tensor, size: int) -> Tensor:
+    """Which of ``size`` places (..., size) hold something, where so many (...) do."""
+    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(-1)
+
+
 def join_steps(parts: Sequence[Batch]) -> Batch:
     """Put windows of the same episodes one behind the other in time: (B, V, ...) and (B, W, ...) to (B, V + W, ...)."""
     joined: Batch = {}

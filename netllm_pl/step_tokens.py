@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from netllm_pl.encoders import padded
+from netllm_pl.ragged import real_of
+
 BEHIND = 2**31 - 1
 """Rank of what comes behind all state tokens of a step."""
 
@@ -34,6 +37,44 @@ class StepTokens(NamedTuple):
     def width(self) -> int:
         """How many places the state of a step has."""
         return self.values.shape[2] if self.places is None else int(self.places.max()) + 1
+
+
+class TokenSet(NamedTuple):
+    """Tokens of steps that differ in how many they have; those of a step share a place.
+
+    Attributes:
+        rows: (R, d_model) tokens of all steps, one behind the other.
+        lengths: (B, W) how many each step has; they sum to R.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+
+
+def join_tokens(parts: Sequence[Tensor | TokenSet], both_ways: bool = False) -> StepTokens:
+    """Put the state tokens of steps one behind the other.
+
+    Args:
+        parts: Tokens (B, W, k, d_model) that every step has, each at its own place, and sets. The last token decides.
+        both_ways: Whether all of them see each other.
+    """
+    values: list[Tensor] = []
+    masks: list[Tensor] = []
+    places: list[int] = []
+    place = 0
+    for part in parts:
+        if isinstance(part, TokenSet):
+            line = padded(part.rows, part.lengths.flatten()).values
+            values.append(line.unflatten(0, part.lengths.shape))
+            masks.append(real_of(part.lengths, line.shape[1]))
+            places += [place] * line.shape[1]
+            place += 1
+        else:
+            values.append(part)
+            masks.append(torch.ones(part.shape[:-1], dtype=torch.bool, device=part.device))
+            places += range(place, place + part.shape[2])
+            place += part.shape[2]
+    return StepTokens(torch.cat(values, 2), torch.cat(masks, 2), torch.tensor(places), both_ways)
 
 
 @dataclass(frozen=True)

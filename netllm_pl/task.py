@@ -4,13 +4,13 @@ Shapes: B batch, T tokens, A answers, d_model size of a token vector, d_hidden s
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
@@ -132,7 +132,7 @@ class NetTask(pl.LightningModule, ABC):
         prediction = self(batch)
         loss = self.loss(prediction, batch)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        self._update("train", apply_to_collection(prediction, Tensor, Tensor.detach), batch)
+        self._update("train", each_tensor(prediction, Tensor.detach), batch)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -214,3 +214,8 @@ class NetTask(pl.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another task, backbone or shape."""
         check_identity(self, checkpoint)
+
+
+def each_tensor(prediction: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a prediction: a tensor, or each one of a NamedTuple."""
+    return change(prediction) if isinstance(prediction, Tensor) else type(prediction)(*map(change, prediction))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from netllm_pl.ragged import group_of, starts_of
+from netllm_pl.ragged import group_of, real_of, starts_of
 
 
 class Tokens(NamedTuple):
@@ -46,11 +46,10 @@ def padded(rows: Tensor, counts: Tensor, size: int | None = None) -> Tokens:
     """
     if size is None:
         size = int(counts.max()) if len(counts) else 0
-    mask = torch.arange(size, device=counts.device) < counts[:, None]
     group = group_of(counts, len(rows))
     place = torch.arange(len(rows), device=counts.device) - starts_of(counts)[group]
     values = rows.new_zeros(len(counts), size, *rows.shape[1:]).index_put((group, place), rows)
-    return Tokens(values, mask)
+    return Tokens(values, real_of(counts, size))
 
 
 class TokenNorm(nn.LayerNorm):
