@@ -1,0 +1,185 @@
+"""Looks ahead in the simulator: each candidate decision is followed by a hand-written scheduler in a copy of the episode.
+
+The copy knows what a scheduler can know: no job arrives in it that has not arrived yet, and tasks take the median of
+their profiles. Rollouts as policy improvement: Bertsekas, Tsitsiklis and Wu (1997). Shapes: N episodes, C candidates.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from tasks.job_scheduling.batch import allocate, pick
+from tasks.job_scheduling.engine import act, committable, demand
+from tasks.job_scheduling.heuristics import Scheme, choose, first_choices, works
+from tasks.job_scheduling.simulator import Observations, Simulator, plan_of
+from tasks.job_scheduling.state import (
+    ACTIVE, ARRIVAL, ARRIVED, CHOICES, COMPLETED, NONE, UNSTARTED, Episode, Floats, Ints, Plan,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lookahead:
+    """How far, and over what, a planner looks ahead.
+
+    Attributes:
+        scheme: Who goes on after the candidate decision.
+        horizon_s: Simulated time; what is left then is estimated.
+        jobs: How many of the smallest jobs get candidates.
+        shares: Candidates of a stage: parts of the executors that it could get.
+        margin: A candidate must be this part better than the scheme's own decision, of its cost, to replace it.
+    """
+
+    scheme: Scheme = Scheme()  # noqa: RUF009  # frozen
+    horizon_s: float = 60.0
+    jobs: int = 4
+    shares: tuple[float, ...] = (1.0, 0.5, 0.25)
+    margin: float = 0.0
+
+
+@njit(cache=True)
+def copy(ep, to, arrivals):  # type: ignore[no-untyped-def]
+    """Copy an episode; without arrivals, no more jobs will come in the copy."""
+    to.glob[:] = ep.glob
+    to.clock[:] = ep.clock
+    to.jobs[:] = ep.jobs
+    to.times[:] = ep.times
+    to.active[:] = ep.active
+    to.stages[:] = ep.stages
+    to.recent[:] = ep.recent
+    to.executors[:] = ep.executors
+    to.due[:] = ep.due
+    to.heap[:] = ep.heap
+    to.pools[:] = ep.pools
+    to.commitments[:] = ep.commitments
+    to.choices[:] = ep.choices
+    if not arrivals:
+        to.times[ep.glob[ARRIVED] :, ARRIVAL] = np.inf
+
+
+@njit(cache=True)
+def left(ep, until):  # type: ignore[no-untyped-def]
+    """Estimate the time that active jobs still spend in the system, ms: one after the other, the shortest first."""
+    active = ep.glob[ACTIVE]
+    work = np.empty(active)
+    works(ep, work)
+    work[:] = np.sort(work)
+    total, now = 0.0, 0.0
+    for a in range(active):
+        now += work[a] / len(ep.executors)
+        total += now
+    return total
+
+
+@njit(cache=True)
+def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-def]
+    """Time that the active jobs spend in the system after a decision, job-milliseconds, without later ones."""
+    copy(ep, to, False)
+    now = ep.clock[0]
+    until = now + horizon
+    going = act(to, plan, k, count, until)
+    while going:
+        following, executors = choose(to, scheme)
+        going = act(to, plan, following, executors, until)
+    total = 0.0
+    for a in range(ep.glob[ACTIVE]):
+        total += min(to.times[ep.active[a], COMPLETED], until) - now
+    return total + left(to, until)
+
+
+@njit(cache=True)
+def candidates(ep, scheme, jobs, shares, out):  # type: ignore[no-untyped-def]
+    """List decisions worth a look, the scheme's own first; return their number. Out (C, 2)."""
+    out[0] = choose(ep, scheme)
+    count, free, active = 1, committable(ep), ep.glob[ACTIVE]
+    work, first = np.empty(active), np.full(active, NONE)
+    works(ep, work)
+    first_choices(ep, first)
+    taken = 0
+    for a in np.argsort(work, kind="mergesort"):
+        if first[a] == NONE or taken == jobs:
+            continue
+        taken += 1
+        limit = min(free, demand(ep, ep.choices[first[a]]))
+        for share in shares:
+            executors = max(1, int(np.ceil(share * limit)))
+            new = True
+            for c in range(count):
+                useful = NONE if out[c, 0] == NONE else min(out[c, 1], demand(ep, ep.choices[out[c, 0]]))
+                if out[c, 0] == first[a] and useful == executors:
+                    new = False
+            if new:
+                out[count] = (first[a], executors)
+                count += 1
+    return count
+
+
+@njit(cache=True, nogil=True)
+def plan_all(episodes, scratch, plan, scheme, horizon, jobs, shares, begin, end, tried, costs, counts):  # type: ignore[no-untyped-def]
+    """Look ahead in episodes begin to end: candidates (N, C, 2), their costs (N, C), job-ms, and numbers (N,)."""
+    to = pick(scratch, begin)
+    for i in range(begin, end):
+        ep = pick(episodes, i)
+        counts[i] = 0
+        if ep.glob[CHOICES] == 0:
+            continue
+        counts[i] = candidates(ep, scheme, jobs, shares, tried[i])
+        for c in range(counts[i]):
+            costs[i, c] = cost(ep, to, plan, scheme, tried[i, c, 0], tried[i, c, 1], horizon)
+
+
+class Planner:
+    """Takes the candidate decision after which a hand-written scheduler does best.
+
+    Args:
+        lookahead: How it looks ahead.
+    """
+
+    def __init__(self, lookahead: Lookahead | None = None, threads: int | None = None) -> None:
+        self.lookahead = lookahead or Lookahead()
+        self.threads = threads or os.cpu_count() or 1
+
+    def watch(self, env: Simulator) -> None:
+        """Get to know the simulator."""
+        self.env = env
+        self.plan = plan_of(env.workload, replace(env.rules, stream="median", order="ascending"))
+        episodes, jobs = env.episodes.glob.shape[0], env.rules.jobs
+        stages, executors = env.episodes.stages.shape[1], env.rules.executors
+        self.scratch = allocate(episodes, jobs, stages, executors, 0, False)
+
+    def reset(self, n: int) -> None:
+        """Begin n episodes."""
+
+    def look(self) -> tuple[Ints, Floats, Ints]:
+        """Return candidates (N, C, 2), their costs (N, C) in job-seconds, and how many there are (N,)."""
+        ahead, count = self.lookahead, len(self.env.decisions)
+        most = 1 + ahead.jobs * len(ahead.shares)
+        tried, costs = np.zeros((count, most, 2), np.int64), np.zeros((count, most))
+        counts, shares = np.zeros(count, np.int64), np.array(ahead.shares)
+        workers = min(self.threads, count)
+        bounds = np.linspace(0, count, workers + 1).astype(int)
+
+        def work(k: int) -> None:
+            plan_all(
+                self.env.episodes, self.scratch, self.plan, ahead.scheme.parameters(), 1000.0 * ahead.horizon_s,
+                ahead.jobs, shares, bounds[k], bounds[k + 1], tried, costs, counts,
+            )  # fmt: skip
+
+        if workers == 1:
+            work(0)
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(work, range(workers)))
+        return tried, costs / 1000.0, counts
+
+    def act(self, observations: Observations) -> npt.NDArray[np.int64]:
+        """Return stage and executors (N, 2)."""
+        tried, costs, counts = self.look()
+        costs = np.where(np.arange(costs.shape[1]) < counts[:, None], costs, np.inf)
+        costs[:, 0] *= 1 - self.lookahead.margin
+        return tried[np.arange(len(tried)), costs.argmin(1)]
