@@ -10,7 +10,7 @@ import numpy as np
 from netllm_pl.errors import UserError
 from netllm_pl.pool_format import MANIFEST, PoolWriter
 from netllm_pl.progress import status
-from netllm_pl.rollout import Array, Environment, Observations, Policy, rollout
+from netllm_pl.rollout import Array, Environment, Observations, Policy, acting, rollout
 
 if TYPE_CHECKING:
     from netllm_pl.data import NetDataModule
@@ -120,7 +120,7 @@ def collect(
         "explore": explore, "split": split, "values": values, "seed": seed, "parallel": parallel,
     }  # fmt: skip
     env = data.simulator(split, "random")
-    policies = {name: _policy(data, name, split) for name in shares}
+    policies = {name: acting(data.policy(name, split)) for name in shares}
     if explore:
         if not hasattr(env, "sample"):
             raise UserError(f"{type(env).__name__} cannot draw random actions: it has no sample(); leave explore at 0")
@@ -162,14 +162,6 @@ def summary(folder: Path) -> str:
         for name, about in manifest["policies"].items()
     ]
     return "\n".join([*lines, f"wrote {manifest['episodes']} episodes, {manifest['steps']} steps in {folder}"])
-
-
-def _policy(data: "NetDataModule", name: str, split: str) -> Policy:
-    policy = data.policy(name, split)
-    acting: Policy = policy.as_policy() if hasattr(policy, "as_policy") else policy
-    if not hasattr(acting, "act"):
-        raise UserError(f"'{name}' is {type(policy).__name__}, which does not act; experience comes from policies")
-    return acting
 
 
 def _turns(shares: list[float], episodes: int) -> Array:

@@ -28,6 +28,13 @@ def data_root(data_dir: str | None = None) -> Path:
     return Path(chosen).expanduser() if chosen else cache_dir() / "data"
 
 
+def weights_folder(chosen: str | None, root: Path) -> Path | None:
+    """Folder of published weights: as chosen, else ``weights`` in or beside that of the data sets."""
+    if chosen is not None:
+        return Path(chosen).expanduser()
+    return next((place for place in (root / "weights", root.parent / "weights") if place.is_dir()), None)
+
+
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits."""
     with file.open("rb") as stream:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from netllm_pl.errors import UserError
+
 Array = npt.NDArray[Any]
 Observations = dict[str, Array]
 
@@ -71,6 +73,19 @@ class Rollout:
         """Sum of rewards of each episode (N,)."""
         total: npt.NDArray[np.float64] = np.where(self.alive, self.rewards, 0.0).sum(0)
         return total
+
+
+def acting(policy: Any) -> Policy:
+    """Return what chooses actions: a task's own policy, or the policy itself.
+
+    Raises:
+        UserError: It chooses none.
+    """
+    act_as: Any = getattr(policy, "as_policy", None)
+    chosen: Policy = policy if act_as is None else act_as()
+    if not hasattr(chosen, "act"):
+        raise UserError(f"{type(policy).__name__} does not act; give a policy or a checkpoint of this task")
+    return chosen
 
 
 def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool = False) -> Rollout:

@@ -4,29 +4,27 @@ Shapes: N sessions, T chunks that a policy chose, B samples in a batch, W steps 
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 
-from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
+from netllm_pl.episodes import DecisionData, check_split
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
-from netllm_pl.experience import Pool, Together, Windows, read_pool
-from netllm_pl.paths import data_root
-from netllm_pl.recording import Experience, recorded
-from netllm_pl.rollout import Policy, Rollout, rollout
+from netllm_pl.experience import Pool
+from netllm_pl.paths import data_root, weights_folder
+from netllm_pl.recording import Experience
+from netllm_pl.rollout import Rollout
 from netllm_pl.timing import Work
 from tasks.adaptive_bitrate.baselines import NAMES, build
 from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
 from tasks.adaptive_bitrate.published_pool import read_published
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
-from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video, weights_folder
+from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 from tasks.adaptive_bitrate.traces import with_starts
 
@@ -34,26 +32,7 @@ OPTIMAL = "offline_optimal"
 CHUNK_COLUMNS = ("chunk", "bitrate", "buffer_s", "rebuffer_s", "chunk_bytes", "delay_ms", "sleep_ms", "reward")
 
 
-class Sessions:
-    """Numbers of sessions, for learners that play themselves: the seeds to reset a simulator with.
-
-    Args:
-        size: How many.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        """Number of sessions."""
-        return self.size
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        """Return ``session`` (B,)."""
-        return {"session": torch.tensor(indices)}
-
-
-class AdaptiveBitrateData(NetDataModule):
+class AdaptiveBitrateData(DecisionData):
     """Sessions that play a video over bandwidth traces, and experience recorded in them.
 
     Args:
@@ -123,9 +102,8 @@ class AdaptiveBitrateData(NetDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        counts = {"history": history, "window": window, "sessions": sessions, "valid_starts": valid_starts}
-        for name, value in {**counts, "stride": stride or 1}.items():
+        super().__init__(pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed)
+        for name, value in {"history": history, "valid_starts": valid_starts}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
         if lookahead < 0:
@@ -135,16 +113,12 @@ class AdaptiveBitrateData(NetDataModule):
         if protocol == "published" and traces == "fcc" and test_traces is None:
             self.note = "published splits: test leaks into training"
         self.root, self.weights_dir = data_root(data_dir), weights_dir
-        self.history, self.lookahead = history, lookahead
-        self.pools = [pool] if isinstance(pool, str) else pool
-        self.experience, self.window, self.stride = experience, window, stride
-        self.sessions, self.valid_starts = sessions, valid_starts
+        self.history, self.lookahead, self.valid_starts = history, lookahead, valid_starts
         self._read: dict[Any, Any] = {}
 
     def traces(self, split: str) -> Traces:
         """Return the traces of a split, read once."""
-        if split not in SPLITS:
-            raise unknown("split", split, SPLITS)
+        check_split(split)
         if split not in self._read:
             name, other = self.trace_names
             if split == "test" and other is not None:
@@ -198,48 +172,47 @@ class AdaptiveBitrateData(NetDataModule):
             raise unknown("kind of action values", values, ("hindsight",))
         return Hindsight(env)
 
-    def episodes(self, policy: Any, split: str = "test") -> pd.DataFrame:
-        """Play one session a trace: means over chunks that the policy chose, clustered by source of the traces."""
-        return self._play(policy, split)["episodes"]
+    def numbers(self, split: str) -> range:
+        """Numbers of the traces, one session each."""
+        return range(len(self.simulator(split).traces))
 
-    def tables(self, policy: Any, steps: bool = False) -> dict[str, pd.DataFrame]:
-        """Play the test sessions.
+    def report(self, played: Rollout, env: Simulator, numbers: Sequence[int], steps: bool) -> dict[str, pd.DataFrame]:
+        """Turn what happened into tables.
 
         Returns:
-            ``episodes``, and with steps ``steps``: one row a chunk, the first one of a session too, whose level no
-            policy chose and whose reward does not count.
+            ``episodes``: means over chunks that the policy chose, clustered by source of the traces; and with steps
+            ``steps``: one row a chunk, the first one of a session too, whose level no policy chose and whose reward
+            does not count.
         """
-        tables = self._play(policy, "test")
-        return tables if steps else {"episodes": tables["episodes"]}
-
-    def _play(self, policy: Any, split: str) -> dict[str, pd.DataFrame]:
-        env, acting = self.simulator(split), _acting(policy)
-        parts: list[dict[str, pd.DataFrame]] = []
-        for start in range(0, len(env.traces), self.eval_batch_size):
-            seeds = range(start, min(start + self.eval_batch_size, len(env.traces)))
-            played = rollout(env, acting, seeds)
-            parts.append(_tables(played, env, np.array(seeds)))
-        return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+        traces, trace = env.traces, played.start["trace"]
+        info = {**played.info, "reward": played.rewards}
+        where = {"trace_name": traces.names[trace], "trace": trace}
+        means = {
+            "qoe": played.rewards,
+            "bitrate_mbps": env.ladder[info["bitrate"]] / 1000.0,
+            "rebuffer_s": info["rebuffer_s"],
+            "smoothness_mbps": info["change_mbps"],
+        }
+        cluster = np.unique(traces.sources, return_inverse=True)[1][trace]
+        about = {"episode": numbers, **where, "source": traces.sources[trace], "cluster": cluster}
+        tables = {"episodes": pd.DataFrame(about | {name: values.mean(0) for name, values in means.items()})}
+        if steps:
+            columns = {
+                name: np.concatenate([played.start[name][None], info[name]]).T.ravel()  # session by session
+                for name in CHUNK_COLUMNS
+            }
+            chunks = len(played.rewards) + 1
+            repeated = {name: np.repeat(values, chunks) for name, values in where.items()}
+            tables["steps"] = pd.DataFrame(repeated | columns)
+        return tables
 
     # Experience -------------------------------------------------------------------------------------------------------
-
-    def dataset(self, split: str) -> BatchedDataset:
-        """Return windows of experience, or numbers of sessions."""
-        if self.experience is None and not self.pools:
-            return Sessions(self.sessions if split == "train" else len(self.traces(split)))
-        experience = self.experience or Experience()
-        pools = [self._fitting(read_pool(folder, type(self).__name__)) for folder in self.pools or []]
-        if pools and split != "train":
-            experience = replace(experience, values=pools[0].manifest["made_by"].get("values"))
-        if not pools or split != "train":
-            pools = [recorded(self, experience, split, self._content(split))]
-        return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
 
     def convert(self, file: Path) -> Iterator[Rollout]:
         """Read the episodes of an experience pool that NetLLM's program wrote."""
         return read_published(file, self.history)
 
-    def _fitting(self, pool: Pool) -> Pool:
+    def fitting(self, pool: Pool) -> Pool:
         """Return a pool whose observations look like those of the sessions that are validated and tested on."""
         levels = len(self.video("train").ladder_kbps)
         for name, column, own in (
@@ -255,7 +228,7 @@ class AdaptiveBitrateData(NetDataModule):
                 )
         return pool
 
-    def _content(self, split: str) -> str:
+    def content(self, split: str) -> str:
         """Hash of what sessions depend on."""
         traces, video = self.traces(split), self.video(split)
         arrays = (traces.starts, traces.time_s, traces.bandwidth_mbps, video.ladder_kbps, video.chunk_bytes)
@@ -263,35 +236,3 @@ class AdaptiveBitrateData(NetDataModule):
         for array in arrays:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
-
-
-def _acting(policy: Any) -> Policy:
-    """Return what chooses levels: a task's own policy, or the policy itself."""
-    act_as: Any = getattr(policy, "as_policy", None)
-    acting: Policy = policy if act_as is None else act_as()
-    if not hasattr(acting, "act"):
-        raise UserError(f"{type(policy).__name__} chooses no bitrates; give a policy or a checkpoint of this task")
-    return acting
-
-
-def _tables(played: Rollout, env: Simulator, seeds: Any) -> dict[str, pd.DataFrame]:
-    """Turn what happened into one row a session and one row a chunk."""
-    traces, trace = env.traces, played.start["trace"]
-    info = {**played.info, "reward": played.rewards}
-    columns = {
-        name: np.concatenate([played.start[name][None], info[name]]).T.ravel()  # session by session
-        for name in CHUNK_COLUMNS
-    }
-    where = {"trace_name": traces.names[trace], "trace": trace}
-    chunks = len(played.rewards) + 1
-    steps = pd.DataFrame({name: np.repeat(values, chunks) for name, values in where.items()} | columns)
-    means = {
-        "qoe": played.rewards,
-        "bitrate_mbps": env.ladder[info["bitrate"]] / 1000.0,
-        "rebuffer_s": info["rebuffer_s"],
-        "smoothness_mbps": info["change_mbps"],
-    }
-    cluster = np.unique(traces.sources, return_inverse=True)[1][trace]
-    about = {"episode": seeds, **where, "source": traces.sources[trace], "cluster": cluster}
-    episodes = pd.DataFrame(about | {name: values.mean(0) for name, values in means.items()})
-    return {"episodes": episodes, "steps": steps}

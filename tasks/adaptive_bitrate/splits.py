@@ -75,13 +75,6 @@ def named_video(name: str, root: Path) -> Video:
     return read_video(_public(root / "abr" / "videos.json"), name)
 
 
-def weights_folder(chosen: str | None, root: Path) -> Path | None:
-    """Folder of the published Pensieve weights: as chosen, else ``weights`` in or beside the data's folder."""
-    if chosen is not None:
-        return Path(chosen).expanduser()
-    return next((place for place in (root / "weights", root.parent / "weights") if place.is_dir()), None)
-
-
 def _public(path: Path) -> Path:
     if not path.is_file():
         raise UserError(

@@ -1,0 +1,152 @@
+"""Data modules of decision tasks: they play the episodes of a split, and cut recorded experience into windows.
+
+Shapes: N episodes side by side, B samples in a batch.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+
+from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.experience import Pool, Together, Windows, read_pool
+from netllm_pl.recording import Experience, recorded
+from netllm_pl.rollout import Rollout, acting, rollout
+
+
+class Sessions:
+    """Numbers of episodes, for learners that play themselves: what to reset a simulator with.
+
+    Args:
+        numbers: One for each episode.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = torch.tensor(numbers)
+
+    def __len__(self) -> int:
+        """Number of episodes."""
+        return len(self.numbers)
+
+    def __getitem__(self, indices: list[int]) -> Batch:
+        """Return ``session`` (B,)."""
+        return {"session": self.numbers[indices]}
+
+
+class DecisionData(NetDataModule):
+    """Base of the data of decision tasks: a task overrides `simulator`, `numbers`, `report` and `content`.
+
+    Args:
+        pool: Folder of training experience that `collect` wrote, or several; null records it as ``experience`` says.
+        experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
+            learners that play themselves, gives numbers of episodes in place of recorded steps.
+        window: Steps of a window of experience.
+        stride: Steps between the beginnings of two training windows; null takes the window.
+        sessions: Training episodes of an epoch, for learners that play themselves.
+        batch_size: Samples in a training batch, per process.
+        eval_batch_size: Samples in a validation or test batch, and episodes played side by side.
+        num_workers: Loader processes.
+        seed: Seed of the training order.
+    """
+
+    own_experience: ClassVar[Experience] = Experience()
+    """What is recorded where the config says nothing."""
+
+    def __init__(
+        self,
+        pool: str | list[str] | None,
+        experience: Experience | None,
+        window: int,
+        stride: int | None,
+        sessions: int,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        for name, value in {"window": window, "stride": stride or 1, "sessions": sessions}.items():
+            if value < 1:
+                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        self.pools = [pool] if isinstance(pool, str) else pool
+        self.experience, self.window, self.stride, self.sessions = experience, window, stride, sessions
+
+    @abstractmethod
+    def numbers(self, split: str) -> Sequence[int]:
+        """Numbers of a split's own episodes: what to reset ``simulator(split)`` with."""
+
+    @abstractmethod
+    def report(self, played: Rollout, env: Any, numbers: Sequence[int], steps: bool) -> dict[str, pd.DataFrame]:
+        """Turn what happened into tables.
+
+        Args:
+            played: N episodes.
+            env: The simulator, which has just played them; with steps, what `logged` made of it.
+            numbers: (N,) what it was reset with.
+            steps: Whether steps are asked for.
+
+        Returns:
+            ``episodes``, one row an episode, as `NetDataModule.episodes` gives it; further tables of the task; and with
+            steps ``steps``, one row a step.
+        """
+
+    @abstractmethod
+    def content(self, split: str) -> str:
+        """Hash of what the random episodes of a split depend on, beside the policy."""
+
+    def logged(self, env: Any) -> Any:
+        """Make a simulator tell all that `report` says of steps; by default it does."""
+        return env
+
+    def fitting(self, pool: Pool) -> Pool:
+        """Return a pool whose observations look like those of the simulator; others are a `UserError`."""
+        return pool
+
+    def episodes(self, policy: Any, split: str = "test") -> pd.DataFrame:
+        """Play the episodes of a split.
+
+        Returns:
+            One row an episode, as `report` gives it.
+        """
+        return self._play(policy, split, steps=False)["episodes"]
+
+    def tables(self, policy: Any, steps: bool = False) -> dict[str, pd.DataFrame]:
+        """Play the test episodes.
+
+        Returns:
+            What `report` gives.
+        """
+        return self._play(policy, "test", steps)
+
+    def dataset(self, split: str) -> BatchedDataset:
+        """Return windows of experience, or numbers of episodes."""
+        if self.experience is None and not self.pools:
+            return Sessions(range(self.sessions) if split == "train" else self.numbers(split))
+        experience = self.experience or self.own_experience
+        pools = [self.fitting(read_pool(folder, type(self).__name__)) for folder in self.pools or []]
+        if pools and split != "train":
+            experience = replace(experience, values=pools[0].manifest["made_by"].get("values"))
+        if not pools or split != "train":
+            pools = [recorded(self, experience, split, self.content(split))]
+        return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
+
+    def _play(self, policy: Any, split: str, steps: bool) -> dict[str, pd.DataFrame]:
+        chosen, env, numbers = acting(policy), self.simulator(split), self.numbers(split)
+        env = self.logged(env) if steps else env
+        # What is told of the episodes is told by the simulator, which knows those that it played last.
+        size = 1 if getattr(chosen, "sequential", False) else self.eval_batch_size
+        parts = []
+        for start in range(0, len(numbers), size):
+            some = numbers[start : start + size]
+            parts.append(self.report(rollout(env, chosen, some), env, some, steps))
+        return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+
+
+def check_split(split: str) -> None:
+    """Refuse what is no split."""
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
