@@ -82,11 +82,10 @@ class Column:
     def pack(self, values: Array) -> pa.Array:
         """Turn values (rows, ...), or an object array of arrays (n, ...), into a column of a file."""
         parts = values if self.ragged else [values]
-        if any(part.shape[1:] != self.inner for part in parts):
+        if {part.shape[1:] for part in parts} - {self.inner}:
             raise ValueError(f"arrays of different shapes in one column; its first was {self.shape}")
         if self.ragged:
-            flat = np.concatenate([np.asarray(value).reshape(-1) for value in values])
-            lengths = [np.size(value) for value in values]
+            flat, lengths = np.concatenate(list(values)).reshape(-1), [value.size for value in values]
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
             return pa.LargeListArray.from_arrays(offsets, self._elements(flat))
         elements = self._elements(np.ascontiguousarray(values).reshape(-1))
@@ -296,7 +295,7 @@ def _finite(values: Array) -> npt.NDArray[np.bool_]:
     parts = list(values) if values.dtype == object else [values]
     finite = np.ones(len(values), np.bool_)
     if parts[0].dtype.kind == "f":
-        wrong = np.nonzero(~np.isfinite(np.concatenate([part.reshape(-1) for part in parts])))[0]
+        wrong = np.nonzero(~np.isfinite(np.concatenate(parts).reshape(-1)))[0]
         sizes = [part.size for part in parts] if values.dtype == object else [values[0].size] * len(values)
         finite[np.searchsorted(np.cumsum(sizes), wrong, side="right")] = False
     return finite

@@ -21,7 +21,7 @@ from netllm_pl.heads import IMPOSSIBLE
 from netllm_pl.ragged import select
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Array, Observations, Rollout, rollout
-from netllm_pl.step_tokens import StepTokens, TokenSet, join_tokens
+from netllm_pl.step_tokens import Part, StepTokens, TokenSet, join_tokens, lay_out, visible
 from netllm_pl.testing import check_environment, check_policy, check_task, tiny_backbone
 from netllm_pl.toy import BestCandidate, CandidateData, Candidates, CandidateScores, CandidateTask, hidden_values
 
@@ -331,3 +331,18 @@ def test_predictions_are_the_actions(tmp_path: Path) -> None:
     data, task = windows(tmp_path / "pool", played_by_best(), window=4), make()
     predicted = [task.predict_step(data[[row]], 0) for row in range(3)]
     assert torch.cat(predicted).shape == (3, 4, 2)
+
+
+def test_who_sees_whom() -> None:
+    """Two steps of a token, a set of two places, and one that decides; the second step has one of the two."""
+    rows, lengths = torch.zeros(3, 4), torch.tensor([[2, 1]])
+    one = torch.zeros(1, 2, 1, 4)
+    positions = torch.zeros(1, 2, 4, dtype=torch.long)
+    for both_ways, first in ((False, ["1000", "1100", "1110", "1111"]), (True, ["1111"] * 4)):
+        state = join_tokens([one, TokenSet(rows, lengths), one], both_ways)
+        ranks = torch.full((4,), 3) if both_ways else torch.arange(4)
+        line = lay_out([Part(state.values, state.mask, ranks, positions)])
+        own = ["1000", "1100", "1110", "1101"] if not both_ways else ["1101", "1101", "1111", "1101"]
+        for context, before in ((1, "0000"), (2, "1111")):
+            seen = ["".join(str(int(sees)) for sees in row) for row in visible(line, line, context)[0, 0]]
+            assert seen == [row + "0000" for row in first] + [before + row for row in own]
