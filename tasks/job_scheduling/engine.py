@@ -5,15 +5,58 @@ them; the tests reproduce logs of that program to the last bit. Quirks of it can
 """
 
 import numpy as np
-from numba import njit
 
 from tasks.job_scheduling.state import (
-    ACTIVE, ARRIVAL, ARRIVED, BASE, BUSY, CHOICES, COLD, COMMITMENTS, COMMITTED, COMMON, COMMON_WAITS, COMPLETED, DONE,
-    EARLY, HOME, INCOMPLETE, LAST, LOCAL, MEDIAN, MERSENNE, MOVING, NEWEST, NONE, OFFER, OPEN, ORDER, OWNER,
-    PENDING, PICKED, POOL, PROFILE, PROMISED, REMAINING, REVERSED, ROUND, SEQUENCE, SIZE, SOURCE, STAGES, STALE,
-    STARTED, STREAM, SUPPLY, TARGET, UNFINISHED, UNSTARTED, WAITING,
+    ACTIVE,
+    ARRIVAL,
+    ARRIVED,
+    BASE,
+    BUSY,
+    CHOICES,
+    COLD,
+    COMMITMENTS,
+    COMMITTED,
+    COMMON,
+    COMMON_WAITS,
+    COMPLETED,
+    DONE,
+    EARLY,
+    HOME,
+    INCOMPLETE,
+    LAST,
+    LOCAL,
+    MEDIAN,
+    MERSENNE,
+    MOVING,
+    NEWEST,
+    NONE,
+    OFFER,
+    OPEN,
+    ORDER,
+    OWNER,
+    PENDING,
+    PICKED,
+    POOL,
+    PROFILE,
+    PROMISED,
+    REMAINING,
+    REVERSED,
+    ROUND,
+    SEQUENCE,
+    SIZE,
+    SOURCE,
+    STAGES,
+    STALE,
+    STARTED,
+    STREAM,
+    SUPPLY,
+    TARGET,
+    UNFINISHED,
+    UNSTARTED,
+    WAITING,
+    kernel,
 )  # fmt: skip
-from tasks.job_scheduling.streams import EMPTY, add, below, capacity, counted, discard, uniform
+from tasks.job_scheduling.streams import EMPTY, add, below, counted, discard, uniform
 
 FRESH, FIRST, REST = range(3)
 """Waves of tasks, as `Workload` orders them."""
@@ -22,14 +65,14 @@ FRESH, FIRST, REST = range(3)
 # Events of executors: a binary heap by time, and by the order in which they were made -----------------------------------
 
 
-@njit(cache=True)
+@kernel
 def _earlier(ep, a, b):  # type: ignore[no-untyped-def]
     if ep.due[a] != ep.due[b]:
         return ep.due[a] < ep.due[b]
     return ep.executors[a, ORDER] < ep.executors[b, ORDER]
 
 
-@njit(cache=True)
+@kernel
 def _push(ep, e, s, time):  # type: ignore[no-untyped-def]
     """An executor will arrive at a stage, or end a task of it."""
     glob, heap = ep.glob, ep.heap
@@ -45,7 +88,7 @@ def _push(ep, e, s, time):  # type: ignore[no-untyped-def]
     heap[at] = e
 
 
-@njit(cache=True)
+@kernel
 def _pop(ep):  # type: ignore[no-untyped-def]
     """Take the executor with the next event off the heap."""
     heap = ep.heap
@@ -70,7 +113,7 @@ def _pop(ep):  # type: ignore[no-untyped-def]
 # Bookkeeping ------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def pool_job(ep, pool):  # type: ignore[no-untyped-def]
     """Job that a pool belongs to; NONE for the common one."""
     jobs = len(ep.jobs)
@@ -79,20 +122,20 @@ def pool_job(ep, pool):  # type: ignore[no-untyped-def]
     return pool - 1 if pool <= jobs else ep.stages[pool - 1 - jobs, OWNER]
 
 
-@njit(cache=True)
+@kernel
 def committable(ep):  # type: ignore[no-untyped-def]
     """Executors of the source that nothing was decided for yet."""
     source = ep.glob[SOURCE]
     return 0 if source == NONE else ep.pools[source, SIZE] - ep.pools[source, PROMISED]
 
 
-@njit(cache=True)
+@kernel
 def demand(ep, s):  # type: ignore[no-untyped-def]
     """Executors that a stage could still use."""
     return ep.stages[s, REMAINING] - ep.stages[s, MOVING] - ep.stages[s, COMMITTED]
 
 
-@njit(cache=True)
+@kernel
 def _shift(ep, plan, s, remaining, moving, committed):  # type: ignore[no-untyped-def]
     """Change what a stage's demand consists of; its children learn whether it is filled."""
     row = ep.stages[s]
@@ -107,7 +150,7 @@ def _shift(ep, plan, s, remaining, moving, committed):  # type: ignore[no-untype
             ep.stages[base + plan.children[k], OPEN] += 1 if after > 0 else -1
 
 
-@njit(cache=True)
+@kernel
 def _move(ep, e, pool):  # type: ignore[no-untyped-def]
     """Put an executor into a pool, or on the way (NONE)."""
     hashed = ep.tables.shape[1] > 0
@@ -120,10 +163,10 @@ def _move(ep, e, pool):  # type: ignore[no-untyped-def]
     if pool != NONE:
         ep.pools[pool, SIZE] += 1
         if hashed:
-            add(ep.tables[pool], ep.shapes[pool], e)
+            add(ep.tables[pool], ep.shapes[pool], e, ep.spare[1])
 
 
-@njit(cache=True)
+@kernel
 def _leave_job(ep, e):  # type: ignore[no-untyped-def]
     home = ep.executors[e, HOME]
     if home != NONE:
@@ -132,7 +175,7 @@ def _leave_job(ep, e):  # type: ignore[no-untyped-def]
     ep.executors[e, LAST] = NONE
 
 
-@njit(cache=True)
+@kernel
 def _idle(ep, pool, out):  # type: ignore[no-untyped-def]
     """List the executors of a pool that are not busy, in the order in which they are taken; return their number."""
     count = 0
@@ -142,12 +185,15 @@ def _idle(ep, pool, out):  # type: ignore[no-untyped-def]
                 out[count] = e
                 count += 1
         return count
-    chosen = np.full(capacity(len(ep.executors)), EMPTY, np.int16)
-    shape = np.array([0, 0, 7])
-    for e in ep.tables[pool, : ep.shapes[pool, 2] + 1]:
+    chosen, shape = ep.spare[0], ep.spare_shape
+    chosen[:] = EMPTY
+    shape[0], shape[1], shape[2] = 0, 0, 7
+    for at in range(ep.shapes[pool, 2] + 1):
+        e = np.int64(ep.tables[pool, at])
         if e >= 0 and not ep.executors[e, BUSY]:
-            add(chosen, shape, np.int64(e))
-    for e in chosen[: shape[2] + 1]:
+            add(chosen, shape, e, ep.spare[1])
+    for at in range(shape[2] + 1):
+        e = chosen[at]
         if e >= 0:
             out[count] = e
             count += 1
@@ -157,7 +203,7 @@ def _idle(ep, pool, out):  # type: ignore[no-untyped-def]
 # Schedulable stages -----------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def schedulable(ep, plan, s):  # type: ignore[no-untyped-def]
     """Whether a stage may be chosen, if its job may."""
     row = ep.stages[s]
@@ -166,7 +212,7 @@ def schedulable(ep, plan, s):  # type: ignore[no-untyped-def]
     return wants and row[OPEN] == 0 and row[PICKED] != ep.glob[ROUND] and early
 
 
-@njit(cache=True)
+@kernel
 def find_choices(ep, plan):  # type: ignore[no-untyped-def]
     """List the schedulable stages, by arrival of their jobs; return their number."""
     source = pool_job(ep, ep.glob[SOURCE])
@@ -184,7 +230,7 @@ def find_choices(ep, plan):  # type: ignore[no-untyped-def]
     return count
 
 
-@njit(cache=True)
+@kernel
 def _of_job(ep, plan, j):  # type: ignore[no-untyped-def]
     """The last (first, if mended) schedulable stage of a job."""
     base, count = ep.jobs[j, BASE], ep.jobs[j, STAGES]
@@ -195,7 +241,7 @@ def _of_job(ep, plan, j):  # type: ignore[no-untyped-def]
     return NONE
 
 
-@njit(cache=True)
+@kernel
 def _backup(ep, plan, e):  # type: ignore[no-untyped-def]
     """Another stage for an executor whose stage has nothing left to start."""
     home, active = ep.executors[e, HOME], ep.glob[ACTIVE]
@@ -212,7 +258,7 @@ def _backup(ep, plan, e):  # type: ignore[no-untyped-def]
 # Executors --------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """Draw how long a task takes; return level, wave, warm-up and duration."""
     row = ep.stages[s]
@@ -247,7 +293,7 @@ def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
     return level, wave, warm, plan.durations[plan.wave_start[profile, level, wave] + at] + warm
 
 
-@njit(cache=True)
+@kernel
 def _start(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """An executor that is at a stage's job begins the next task."""
     _shift(ep, plan, s, -1, 0, 0)
@@ -266,7 +312,7 @@ def _start(ep, plan, e, s):  # type: ignore[no-untyped-def]
     _push(ep, e, s, ep.clock[0] + duration)
 
 
-@njit(cache=True)
+@kernel
 def _park(ep, plan, e):  # type: ignore[no-untyped-def]
     """Put an idle executor where it waits: the pool of its job, or the common one if that has nothing left to start."""
     pool = ep.executors[e, POOL]
@@ -282,16 +328,15 @@ def _park(ep, plan, e):  # type: ignore[no-untyped-def]
         _move(ep, e, 1 + j)
 
 
-@njit(cache=True)
+@kernel
 def _park_all(ep, plan, pool):  # type: ignore[no-untyped-def]
     if pool == COMMON:
         return
-    idle = np.empty(len(ep.executors), np.int64)
-    for k in range(_idle(ep, pool, idle)):
-        _park(ep, plan, idle[k])
+    for k in range(_idle(ep, pool, ep.idle)):
+        _park(ep, plan, ep.idle[k])
 
 
-@njit(cache=True)
+@kernel
 def _go(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """Bring an executor to a stage, if that still needs it."""
     if ep.stages[s, REMAINING] == 0:
@@ -321,7 +366,7 @@ def _go(ep, plan, e, s):  # type: ignore[no-untyped-def]
 # Rounds of decisions ----------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def _commit(ep, plan, target, count):  # type: ignore[no-untyped-def]
     """Promise executors of the source to a pool: a stage's, or the common one."""
     glob, source = ep.glob, ep.glob[SOURCE]
@@ -340,7 +385,7 @@ def _commit(ep, plan, target, count):  # type: ignore[no-untyped-def]
             ep.jobs[j, SUPPLY] += count
 
 
-@njit(cache=True)
+@kernel
 def _fulfil(ep, plan, e, target):  # type: ignore[no-untyped-def]
     """Send an executor where it was promised to."""
     source = ep.executors[e, POOL]
@@ -364,20 +409,22 @@ def _fulfil(ep, plan, e, target):  # type: ignore[no-untyped-def]
     _go(ep, plan, e, s)
 
 
-@njit(cache=True)
+@kernel
 def _finish_round(ep, plan):  # type: ignore[no-untyped-def]
     """What was not promised stays; idle executors go where they were promised to."""
     source, left = ep.glob[SOURCE], committable(ep)
     if left > 0:
         _commit(ep, plan, COMMON, left)
-    idle = np.empty(len(ep.executors), np.int64)
+    idle, made, entries = ep.idle, ep.made, ep.glob[COMMITMENTS]
     count = _idle(ep, source, idle)
-    made = ep.commitments[: ep.glob[COMMITMENTS]].copy()
+    for k in range(entries):
+        for c in range(3):
+            made[k, c] = ep.commitments[k, c]
     at = 0
-    for entry in made:
-        if entry[0] == source:
-            for _ in range(min(entry[2], count - at)):
-                _fulfil(ep, plan, idle[at], entry[1])
+    for k in range(entries):
+        if made[k, 0] == source:
+            for _ in range(min(made[k, 2], count - at)):
+                _fulfil(ep, plan, idle[at], made[k, 1])
                 at += 1
     ep.glob[SOURCE] = NONE
     ep.glob[ROUND] += 1
@@ -386,7 +433,7 @@ def _finish_round(ep, plan):  # type: ignore[no-untyped-def]
 # Events -----------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@kernel
 def arrive(ep):  # type: ignore[no-untyped-def]
     """The next job arrives."""
     glob = ep.glob
@@ -398,7 +445,7 @@ def arrive(ep):  # type: ignore[no-untyped-def]
         glob[SOURCE] = COMMON
 
 
-@njit(cache=True)
+@kernel
 def _complete_job(ep, plan, j):  # type: ignore[no-untyped-def]
     _park_all(ep, plan, 1 + j)
     at = 0
@@ -411,7 +458,7 @@ def _complete_job(ep, plan, j):  # type: ignore[no-untyped-def]
     ep.glob[DONE] += 1
 
 
-@njit(cache=True)
+@kernel
 def _end_task(ep, plan, e):  # type: ignore[no-untyped-def]
     """An executor ends a task: it takes the next one of the stage, or goes where it was promised to, or is free."""
     s = ep.executors[e, TARGET]
@@ -450,7 +497,7 @@ def _end_task(ep, plan, e):  # type: ignore[no-untyped-def]
         ep.glob[SOURCE] = pool
 
 
-@njit(cache=True)
+@kernel
 def _end_move(ep, plan, e):  # type: ignore[no-untyped-def]
     """An executor arrives at a job."""
     s = ep.executors[e, TARGET]
@@ -462,7 +509,7 @@ def _end_move(ep, plan, e):  # type: ignore[no-untyped-def]
     _go(ep, plan, e, s)
 
 
-@njit(cache=True)
+@kernel
 def next_event(ep):  # type: ignore[no-untyped-def]
     """When the next event happens, ms; infinite if there is none."""
     glob = ep.glob
@@ -470,7 +517,7 @@ def next_event(ep):  # type: ignore[no-untyped-def]
     return min(soonest, ep.times[glob[ARRIVED], ARRIVAL]) if glob[ARRIVED] < len(ep.jobs) else soonest
 
 
-@njit(cache=True)
+@kernel
 def resume(ep, plan, until):  # type: ignore[no-untyped-def]
     """Let time pass until something must be decided; False if nothing will be, or not before a time, ms."""
     glob = ep.glob
@@ -500,7 +547,7 @@ def resume(ep, plan, until):  # type: ignore[no-untyped-def]
             glob[SOURCE] = COMMON
 
 
-@njit(cache=True)
+@kernel
 def act(ep, plan, k, count, until):  # type: ignore[no-untyped-def]
     """Give executors of the source to choice k (NONE: leave the rest), and let time pass if the round is over.
 
@@ -518,7 +565,7 @@ def act(ep, plan, k, count, until):  # type: ignore[no-untyped-def]
     return resume(ep, plan, until)
 
 
-@njit(cache=True)
+@kernel
 def job_time(ep, first, before):  # type: ignore[no-untyped-def]
     """Time that jobs, from number `first` on, have spent in the system since a time: job-milliseconds."""
     total = 0.0

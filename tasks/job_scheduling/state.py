@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -68,6 +69,7 @@ class Episode(NamedTuple):
         shapes: (P, 3) used entries, filled entries and mask of each table.
         tape: (tasks or 0, TAPE) every start of a task: ms, job, stage, executor, local executors, level, wave, whether
             warm-up was added, ms it takes.
+        idle, made, spare, spare_shape: Room for kernels, which allocate nothing.
     """
 
     glob: Ints
@@ -87,6 +89,15 @@ class Episode(NamedTuple):
     tables: Small
     shapes: Ints
     tape: Floats
+    idle: Ints
+    made: Ints
+    spare: Small
+    spare_shape: Ints
+
+
+kernel = njit(cache=True, _nrt=False)
+"""Compiles a function that allocates nothing. Without counting references to the arrays, episodes run four times as
+fast."""
 
 
 class Plan(NamedTuple):

@@ -5,16 +5,15 @@ the one that ``set.pop`` gives.
 """
 
 import numpy as np
-from numba import njit
 
-from tasks.job_scheduling.state import DRAWS, NONE, SEED, Episode
+from tasks.job_scheduling.state import DRAWS, NONE, SEED, Episode, kernel
 
 PROBES = 9
 """Neighbouring entries that CPython's sets look at before they jump."""
 EMPTY, DELETED = -1, -2
 
 
-@njit(cache=True)
+@kernel
 def word(twister):  # type: ignore[no-untyped-def]
     """Next 32 bits of MT19937 (Matsumoto and Nishimura, 1998)."""
     at = twister[624]
@@ -32,14 +31,14 @@ def word(twister):  # type: ignore[no-untyped-def]
     return y ^ (y >> 18)
 
 
-@njit(cache=True)
+@kernel
 def uniform(twister):  # type: ignore[no-untyped-def]
     """What ``random.random()`` returns."""
     high, low = word(twister) >> 5, word(twister) >> 6
     return (high * 67108864.0 + low) / 9007199254740992.0
 
 
-@njit(cache=True)
+@kernel
 def below(twister, count):  # type: ignore[no-untyped-def]
     """Index that ``random.choice`` takes of a list with so many elements."""
     bits = 0
@@ -51,7 +50,7 @@ def below(twister, count):  # type: ignore[no-untyped-def]
     return drawn
 
 
-@njit(cache=True)
+@kernel
 def counted(episode: Episode) -> float:
     """Number in [0, 1) that depends on the episode's seed and how many were drawn (SplitMix64, Steele et al. 2014)."""
     glob = episode.glob
@@ -64,7 +63,7 @@ def counted(episode: Episode) -> float:
     return float(z >> np.uint64(11)) / 9007199254740992.0
 
 
-@njit(cache=True)
+@kernel
 def place(table, mask, key):  # type: ignore[no-untyped-def]
     """Entry for a key that the table does not hold: the first deleted one on its way, or the empty one at its end."""
     at, perturb = key & mask, key
@@ -80,9 +79,9 @@ def place(table, mask, key):  # type: ignore[no-untyped-def]
         at = (at * 5 + 1 + perturb) & mask
 
 
-@njit(cache=True)
-def add(table, shape, key):  # type: ignore[no-untyped-def]
-    """Add a key that the set (table, [used, filled, mask]) does not hold."""
+@kernel
+def add(table, shape, key, spare):  # type: ignore[no-untyped-def]
+    """Add a key that the set (table, [used, filled, mask]) does not hold; spare: room for a table."""
     at = place(table, shape[2], key)
     shape[0] += 1
     if table[at] == EMPTY:
@@ -92,15 +91,16 @@ def add(table, shape, key):  # type: ignore[no-untyped-def]
         size = 8
         while size <= shape[0] * 4:
             size <<= 1
-        kept = table[: shape[2] + 1].copy()
+        for k in range(shape[2] + 1):
+            spare[k] = table[k]
         table[:size] = EMPTY
-        for old in kept:
-            if old >= 0:
-                table[place(table, size - 1, old)] = old
+        for k in range(shape[2] + 1):
+            if spare[k] >= 0:
+                table[place(table, size - 1, np.int64(spare[k]))] = spare[k]
         shape[1], shape[2] = shape[0], size - 1
 
 
-@njit(cache=True)
+@kernel
 def discard(table, shape, key):  # type: ignore[no-untyped-def]
     """Remove a key."""
     mask = shape[2]
@@ -116,7 +116,7 @@ def discard(table, shape, key):  # type: ignore[no-untyped-def]
         at = (at * 5 + 1 + perturb) & mask
 
 
-@njit(cache=True)
+@kernel
 def capacity(keys):  # type: ignore[no-untyped-def]
     """Size of the largest table that a set of so many keys can come to have."""
     size = 8
