@@ -25,7 +25,7 @@ def evaluate(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for summary.csv and episodes.parquet")
     parser.add_argument("--steps", action="store_true", help="also write steps.parquet, one row a step")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
-    config, data = _with_data(parser, args, lambda config: config.seed_everything)
+    config, data = _with_data(parser, _offer_flags(parser, args), lambda config: config.seed_everything)
     policies = [name.strip() for name in config.policies.split(",") if name.strip()]
     run(data, policies, config.out, steps=config.steps)
 
@@ -131,6 +131,20 @@ def _task_parser(name: str, description: str | None, runs_model: bool = False) -
     for ignored in UNUSED if runs_model else IGNORED:
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
     return parser
+
+
+def _offer_flags(parser: Parser, args: list[str]) -> list[str]:
+    """Add the switches of all data modules to the help; return a command line on which they are arguments of data."""
+    from netllm_pl.data import NetDataModule
+    from netllm_pl.discovery import concrete_subclasses
+
+    flags: dict[str, str] = {}
+    for name, cls in concrete_subclasses(NetDataModule).items():  # type: ignore[type-abstract]
+        for flag, text in cls.flags.items():
+            flags[flag] = f"{flags[flag]}; {name}: {text}" if flag in flags else f"{name}: {text}"
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    return [f"--data.{word[2:]}=true" if word[:2] == "--" and word[2:] in flags else word for word in args]
 
 
 def _with_data(parser: Parser, args: list[str], seed: Callable[[Namespace], int | bool]) -> tuple[Namespace, Any]:

@@ -117,6 +117,8 @@ class NetDataModule(pl.LightningDataModule, ABC):
     """What `evaluate` reports, the main metric first."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Baselines in the table at the end of `fit`."""
+    flags: ClassVar[dict[str, str]] = {}
+    """Switches that `evaluate` takes for this data: ``--NAME`` sets the argument NAME, a bool; and what each does."""
     note = ""
     """What a reader of the numbers must know; it stands above the table."""
 

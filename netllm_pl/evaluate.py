@@ -36,8 +36,8 @@ class Evaluable(Protocol):
         """Run a policy over the test split.
 
         Returns:
-            ``episodes``, one row an episode or window, with ``cluster`` and the metrics' columns; and ``steps``, one
-            row a step, if they are asked for.
+            ``episodes``, one row an episode or window, with ``cluster`` and the metrics' columns; ``steps``, one row a
+            step, if they are asked for; and whatever else there is to tell: each is written under its name.
         """
 
 
