@@ -1,5 +1,8 @@
 """Cluster job scheduling: which stage of which job should the next free executors work on?"""
 
 from tasks.job_scheduling import fetching as _fetching  # registers the public data set
+from tasks.job_scheduling.data import JobSchedulingData
+
+__all__ = ["JobSchedulingData"]
 
 del _fetching

@@ -1,0 +1,179 @@
+"""Episodes of a cluster and experience as a data module: jobs and rules by name or path, or generated ones.
+
+Shapes: N episodes side by side, J jobs of an episode.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from netllm_pl.episodes import DecisionData, check_split
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.evaluate import Metric
+from netllm_pl.experience import Pool
+from netllm_pl.paths import data_root, weights_folder
+from netllm_pl.recording import Experience
+from netllm_pl.rollout import Rollout
+from netllm_pl.timing import Work
+from tasks.job_scheduling.baselines import NAMES, build
+from tasks.job_scheduling.batch import EXTRA, JOBS, NODES
+from tasks.job_scheduling.simulator import Rules, Simulator
+from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, without
+from tasks.job_scheduling.synthetic import SyntheticWorkload
+from tasks.job_scheduling.tables import Logged, episode_table, job_table, step_table
+from tasks.job_scheduling.workloads import Workload
+
+EXPERIENCE = Experience(policies="srpt_fair:2,fair", episodes=40, eval_episodes=4, explore=0.1)
+
+
+class JobSchedulingData(DecisionData):
+    """Episodes in which jobs arrive at a cluster, and experience recorded in them.
+
+    Args:
+        workload: ``synthetic`` (generated; other jobs in each split); ``tpch`` (data_dir/cjs/tpch.parquet; as
+            published, jobs of all splits are drawn from the same 154); or the path of a Parquet file or folder.
+        rules: How the cluster runs; the number of jobs and of executors is here.
+        deterministic: Task durations are medians, and idle executors go in ascending order: nothing is drawn but the
+            jobs.
+        test_seeds: Seeds of the test episodes: each draws the jobs, and the durations of their tasks.
+        valid_seeds: Those of the validation episodes. Training episodes have other seeds, whatever `collect` draws.
+        held_out: Queries whose jobs appear in test episodes only.
+        data_dir: Folder that holds cjs/; else NETLLM_DATA, else where `fetch` puts data.
+        weights_dir: Folder of the published Decima weights (decima.npz); null looks for ``weights`` in and beside the
+            data's folder.
+        synthetic: The generator's settings.
+        pool: Folder of training experience that `collect` wrote, or several; null records it as ``experience`` says.
+        experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
+            learners that play themselves, gives numbers of episodes in place of recorded steps.
+        window: Steps of a window of experience.
+        stride: Steps between the beginnings of two training windows; null takes the window.
+        sessions: Training episodes of an epoch, for learners that play themselves.
+        batch_size: Samples in a training batch, per process.
+        eval_batch_size: Samples in a validation or test batch, and episodes played side by side.
+        num_workers: Loader processes.
+        seed: Seed of the training order.
+    """
+
+    baselines: ClassVar[dict[str, Any]] = {name: partial(build, name) for name in NAMES}  # see `policy`
+    metrics = (
+        Metric("jct_s", "jct_s"),
+        Metric("jct_p50_s", "jct_p50_s"),
+        Metric("jct_p95_s", "jct_p95_s"),
+        Metric("makespan_s", "makespan_s"),
+    )
+    compared = ("fair", "srpt_fair")
+    flags: ClassVar[dict[str, str]] = {"deterministic": "durations are medians, idle executors go in ascending order"}
+    own_experience = EXPERIENCE
+
+    def __init__(
+        self,
+        workload: str = "synthetic",
+        rules: Rules = Rules(),  # noqa: B008  # frozen
+        deterministic: bool = False,
+        test_seeds: Sequence[int] = (1, 2, 3, 4, 5, 666),
+        valid_seeds: Sequence[int] = (11, 12, 13, 14),
+        held_out: Sequence[int] = (),
+        data_dir: str | None = None,
+        weights_dir: str | None = None,
+        synthetic: SyntheticWorkload = SyntheticWorkload(),  # noqa: B008  # frozen
+        pool: str | list[str] | None = None,
+        experience: Experience | None = EXPERIENCE,
+        window: int = 20,
+        stride: int | None = None,
+        sessions: int = 1000,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed)
+        check_seeds(test_seeds=test_seeds, valid_seeds=valid_seeds)
+        self.source, self.synthetic, self.held_out = workload, synthetic, held_out
+        self.rules = replace(rules, stream="median", order="ascending") if deterministic else rules
+        self.seeds: dict[str, Sequence[int]] = {"test": list(test_seeds), "valid": list(valid_seeds)}
+        self.root, self.weights_dir = data_root(data_dir), weights_dir
+        self._read: dict[str, Workload] = {}
+
+    def workload(self, split: str) -> Workload:
+        """Return the jobs of a split, read once."""
+        check_split(split)
+        if split not in self._read:
+            workload = named_workload(self.source, split, self.root, self.synthetic)
+            # Checked in each split: a misspelt query would else be found after the training.
+            kept = without(workload, self.held_out)
+            self._read[split] = workload if split == "test" else kept
+        return self._read[split]
+
+    # Playing ----------------------------------------------------------------------------------------------------------
+
+    def simulator(self, split: str, mode: str = "fixed") -> Simulator:
+        """Return episodes of a split.
+
+        Args:
+            split: train, valid or test.
+            mode: ``fixed`` is reset with the seeds of `numbers`; ``random``, as training always, with any numbers,
+                which stand for seeds that no config names and no other split has.
+        """
+        if mode not in ("fixed", "random"):
+            raise unknown("mode", mode, ("fixed", "random"))
+        drawn = mode == "random" or split == "train"
+        return Simulator(self.workload(split), self.rules, first_seed(split) if drawn else 0)
+
+    def logged(self, env: Simulator) -> Simulator:
+        """Let a simulator tell of its observations, too."""
+        return Logged(env.workload, env.rules, env.first_seed)
+
+    def policy(self, name: str, split: str = "test") -> Any:
+        """Build a policy from its name: a baseline, a checkpoint's path, or a folder."""
+        if name in NAMES:
+            return build(name, weights_folder(self.weights_dir, self.root), self.seed)
+        return super().policy(name, split)
+
+    def label(self, env: Any, values: str) -> Any:
+        """Add values of candidate decisions to each step of a simulator."""
+        raise unknown("kind of action values", values, ())
+
+    def benchmarks(self) -> dict[str, Work]:
+        """List the simulator's speed, and what planning costs."""
+        from tasks.job_scheduling.speed import works  # imported late: nothing else needs it
+
+        return works(self.simulator("test"))
+
+    def numbers(self, split: str) -> Sequence[int]:
+        """Seeds of the validation or test episodes; numbers of the training episodes of an epoch."""
+        check_split(split)
+        return self.seeds.get(split, range(self.sessions))
+
+    def report(self, played: Rollout, env: Simulator, numbers: Sequence[int], steps: bool) -> dict[str, pd.DataFrame]:
+        """Turn what happened into tables, with the column names of the published program's logs.
+
+        Returns:
+            ``episodes``: completion times in s, clustered by seed; ``jobs``: one row a job; and with steps ``steps``:
+            one row a decision.
+        """
+        tables = {"episodes": episode_table(played, env, numbers), "jobs": job_table(env, numbers)}
+        return tables | ({"steps": step_table(played, env, numbers)} if steps else {})
+
+    # Experience -------------------------------------------------------------------------------------------------------
+
+    def fitting(self, pool: Pool) -> Pool:
+        """Return a pool whose steps hold the features of today's observations."""
+        for name, width in (("nodes", NODES), ("extra", EXTRA), ("jobs", JOBS)):
+            if name not in pool.columns or pool.columns[name].inner != (width,):
+                raise UserError(
+                    f"the pool {pool.folder} has no column {name} of {width} features a row; collect it anew"
+                )
+        return pool
+
+    def content(self, split: str) -> str:
+        """Hash of what episodes depend on."""
+        workload = self.workload(split)
+        digest = hashlib.sha256(repr(self.rules).encode())
+        for field in fields(workload):
+            digest.update(np.ascontiguousarray(getattr(workload, field.name)).tobytes())
+        return digest.hexdigest()
