@@ -91,3 +91,18 @@ def select(batch: Batch, rows: slice) -> Batch:
         else:
             chosen[name] = value[rows]
     return chosen
+
+
+def take(batch: Batch, steps: Tensor) -> Batch:
+    """Take some of the steps (R,) of ragged columns whose lengths are (R,), and of others (R, ...)."""
+    chosen: Batch = {}
+    for name, value in batch.items():
+        counts = batch.get(name + LENGTH)
+        if counts is None:
+            chosen[name] = value[steps]
+        else:
+            kept = counts[steps]
+            group = torch.repeat_interleave(kept)
+            place = torch.arange(len(group), device=value.device) + (starts_of(counts)[steps] - starts_of(kept))[group]
+            chosen[name] = value[place]
+    return chosen

@@ -12,9 +12,9 @@ import yaml
 from netllm_pl.checkpoint import load_task
 from netllm_pl.cli import main
 from netllm_pl.errors import UserError
+from netllm_pl.ppo import advantages
 from netllm_pl.testing import check_player
 from tasks.adaptive_bitrate import AdaptiveBitrateData, Pensieve
-from tasks.adaptive_bitrate.learned_baselines import advantages
 from tasks.adaptive_bitrate.simulator import Rules
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 
@@ -124,7 +124,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="made for 6 levels, the video that is played has 3"):
         data(video=_ladder_of_three(tmp_path)).episodes(Pensieve())
     with pytest.raises(UserError, match=r"set data.experience to null"):
-        Pensieve._sessions({"action": torch.zeros(1, 1)})
+        Pensieve().sessions({"action": torch.zeros(1, 1)})
 
 
 def _ladder_of_three(folder: Path) -> str:

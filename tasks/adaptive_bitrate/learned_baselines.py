@@ -3,26 +3,23 @@
 Shapes: N sessions side by side, T chunks of a session, S columns of the state, A actions.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
-from netllm_pl.acting import ActingTask
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
+from netllm_pl.ppo import PlayingTask, advantages, clipped, standardized
 from netllm_pl.rollout import Array, Observations, Policy, rollout
 from netllm_pl.task import OptimizerConfig
 from tasks.adaptive_bitrate.data import AdaptiveBitrateData
 from tasks.adaptive_bitrate.pensieve import Pensieve as PensievePolicy
 from tasks.adaptive_bitrate.pensieve import PensieveActor, pensieve_state
-from tasks.adaptive_bitrate.simulator import Video
+from tasks.adaptive_bitrate.simulator import Simulator, Video
 from tasks.adaptive_bitrate.videos import PUBLISHED_LADDER
 
 
-class Pensieve(ActingTask):
+class Pensieve(PlayingTask):
     """Pensieve's network (Mao et al., SIGCOMM 2017), trained by playing: PPO (Schulman et al., 2017, arXiv:1707.06347).
 
     A training step plays a batch of sessions with random traces, starts and noise, and learns from them for some
@@ -64,46 +61,27 @@ class Pensieve(ActingTask):
         entropy: tuple[float, float] = (0.1, 0.002),
         reward_scale: float = 0.1,
     ) -> None:
-        super().__init__(None, optimizer or OptimizerConfig(lr=1e-3, weight_decay=0.0))
-        if group < 2 or min(entropy) <= 0:
-            raise UserError(f"Pensieve: group is {group} (at least 2), entropy {tuple(entropy)} (both above 0)")
-        self.automatic_optimization = False
+        optimizer = optimizer or OptimizerConfig(lr=1e-3, weight_decay=0.0)
+        super().__init__(optimizer, epochs, minibatches, clip, entropy)
+        if group < 2:
+            raise UserError(f"Pensieve: group is {group}; it must be at least 2")
         ladder = np.asarray(ladder_kbps, dtype=np.int64)
         self.video = Video("any of this ladder", ladder, np.zeros((0, len(ladder)), dtype=np.int64))
         self.net = PensieveActor(len(ladder), hidden=hidden, relative=relative, critic=True)
-        self.group, self.epochs, self.minibatches, self.clip = group, epochs, minibatches, clip
-        self.discount, self.smoothing, self.entropy, self.reward_scale = discount, smoothing, entropy, reward_scale
+        self.group, self.discount, self.smoothing, self.reward_scale = group, discount, smoothing, reward_scale
 
     def as_policy(self) -> Policy:
         """Take the likeliest action."""
         return PensievePolicy(self.net, self.video)
 
-    # Evaluation -------------------------------------------------------------------------------------------------------
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Play the sessions of a batch, validation or test; return their mean rewards (N,)."""
-        split = "valid" if self.trainer.validating or self.trainer.sanity_checking else "test"
-        played = rollout(self._data().simulator(split), self.as_policy(), self._sessions(batch))
-        return torch.from_numpy(played.rewards.mean(0)).float().to(self.device)
-
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
-        """The negative mean reward of a chunk."""
-        return -prediction.mean()
-
-    def build_metrics(self) -> MetricCollection:
-        """None: whole episodes are measured by `RolloutEvaluation`."""
-        return MetricCollection({})
-
-    def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Batch) -> None:
-        """Nothing to feed."""
-
-    # Training ---------------------------------------------------------------------------------------------------------
+    def environment(self, split: str) -> Simulator:
+        """Return the split's own sessions; in training, random ones."""
+        return self._data().simulator(split, "random" if split == "train" else None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Play, then improve the policy; one step of the trainer."""
-        seeds = np.repeat(np.asarray(self._sessions(batch)) + (self.current_epoch << 32), self.group)
         player = _Player(self)
-        played = rollout(self._data().simulator("train", "random"), player, seeds.tolist())
+        played = rollout(self.environment("train"), player, np.repeat(self.sessions(batch), self.group).tolist())
         states, actions, chances = (torch.stack(part) for part in (player.states, player.actions, player.chances))
         rewards = torch.from_numpy(played.rewards).to(states) * self.reward_scale
         with torch.no_grad():
@@ -111,62 +89,28 @@ class Pensieve(ActingTask):
         gains = advantages(rewards, values, self.discount, self.smoothing)
         targets = gains + values
         gains = gains.unflatten(1, (-1, self.group))
-        gains = (gains - gains.mean(2, keepdim=True)).flatten(1)
-        gains = (gains - gains.mean()) / (gains.std() + 1e-6)
+        gains = standardized((gains - gains.mean(2, keepdim=True)).flatten(1))
         rows = [part.flatten(0, 1) for part in (states, actions, chances, gains, targets)]
-        loss = self._improve(rows)
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
+        loss = self.improve(len(rows[0]), lambda part, weight: self._surrogate([row[part] for row in rows], weight))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/qoe", float(played.rewards.mean()), prog_bar=True)
         return loss
-
-    def _improve(self, rows: list[Tensor]) -> Tensor:
-        """Take the optimiser's steps; return the mean loss."""
-        optimizer: Any = self.optimizers()
-        weight = self._entropy_weight()
-        parts = [part for _ in range(self.epochs) for part in torch.randperm(len(rows[0])).chunk(self.minibatches)]
-        losses = []
-        for number, part in enumerate(parts):
-            loss = self._surrogate([row[part] for row in rows], weight)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            nn.utils.clip_grad_norm_(self.net.parameters(), 0.5)
-            # The trainer counts steps of its own wrapper: one for each batch of sessions.
-            (optimizer if number == len(parts) - 1 else optimizer.optimizer).step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
 
     def _surrogate(self, rows: list[Tensor], weight: float) -> Tensor:
         """PPO's clipped objective, the critic's error and the entropy, of rows (R, ...)."""
         states, actions, chances, gains, targets = rows
         logs = self.net(states).log_softmax(1)
-        ratio = (logs.gather(1, actions[:, None])[:, 0] - chances).exp()
-        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        policy = -torch.minimum(ratio * gains, clipped * gains).mean()
+        policy = clipped(logs.gather(1, actions[:, None])[:, 0], chances, gains, self.clip)
         entropy = -(logs.exp() * logs).sum(1).mean()
         critic = nn.functional.smooth_l1_loss(self.net.value(states), targets)
         loss: Tensor = policy + 0.5 * critic - weight * entropy
         return loss
-
-    def _entropy_weight(self) -> float:
-        total = float(self.trainer.estimated_stepping_batches)
-        done = 0.0 if total == float("inf") else min(self.global_step / total, 1.0)
-        start, end = self.entropy
-        return float(start * (end / start) ** done)
 
     def _data(self) -> AdaptiveBitrateData:
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, AdaptiveBitrateData):
             raise UserError("Pensieve learns by playing; give it AdaptiveBitrateData")
         return data
-
-    @staticmethod
-    def _sessions(batch: Batch) -> list[int]:
-        if "session" not in batch:
-            raise UserError("Pensieve learns by playing, not from recorded experience; set data.experience to null")
-        sessions: list[int] = batch["session"].tolist()
-        return sessions
 
 
 class _Player:
@@ -200,13 +144,3 @@ class _Player:
         ):
             kept.append(new)
         return net.level_of(action[:, 0].cpu().numpy(), observations["level"])
-
-
-def advantages(rewards: Tensor, values: Tensor, discount: float, smoothing: float) -> Tensor:
-    """Generalised advantage estimates (T, N) of whole episodes, from rewards (T, N) and the critic's values (T, N)."""
-    found = torch.zeros_like(rewards)
-    after, last = torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        last = rewards[t] + discount * after - values[t] + discount * smoothing * last
-        found[t], after = last, values[t]
-    return found
