@@ -7,46 +7,13 @@ episode; capitals with a bar in comments are sums over episodes.
 import numpy as np
 from numba import njit
 
-from tasks.job_scheduling.engine import act, arrive, committable, demand, find_choices, job_time, pool_job
-from tasks.job_scheduling.state import (
-    ACTIVE,
-    ARRIVAL,
-    ARRIVED,
-    BASE,
-    CHOICES,
-    COMMITTED,
-    COMMON,
-    COMPLETED,
-    EXECUTOR,
-    GLOB,
-    HOME,
-    INCOMPLETE,
-    JOB,
-    LAST,
-    LOCAL,
-    MOVING,
-    NONE,
-    OPEN,
-    OWNER,
-    PICKED,
-    POOL,
-    PROFILE,
-    REMAINING,
-    SEED,
-    SIZE,
-    SOURCE,
-    STAGE,
-    STAGES,
-    SUPPLY,
-    TAPE,
-    TEMPLATE,
-    UNFINISHED,
-    UNSTARTED,
-    WAITING,
-    Episode,
-    Floats,
-    Ints,
-    Plan,
+from tasks.job_scheduling.bookkeeping import committable, demand, find_choices, pool_job
+from tasks.job_scheduling.engine import act, arrive, job_time
+
+from tasks.job_scheduling.state import (  # isort: skip
+    ACTIVE, ARRIVAL, ARRIVED, BASE, CHOICES, COMMITTED, COMMON, COMPLETED, EXECUTOR, GLOB, HOME, INCOMPLETE, JOB,
+    LAST, LOCAL, MOVING, NONE, OPEN, OWNER, PICKED, POOL, PROFILE, REMAINING, SEED, SIZE, SOURCE, STAGE, STAGES,
+    SUPPLY, TAPE, TEMPLATE, UNFINISHED, UNSTARTED, WAITING, Episode, Floats, Ints, Plan,
 )  # fmt: skip
 from tasks.job_scheduling.streams import EMPTY, add, capacity, counted, uniform
 
@@ -75,13 +42,10 @@ def allocate(episodes: int, jobs: int, stages: int, executors: int, tasks: int, 
         commitments=np.zeros((episodes, 2 * executors + 2, 3), np.int64),
         choices=np.zeros((episodes, stages), np.int64),
         twister=np.zeros((episodes, 625), np.int64),
-        tables=np.zeros((episodes, pools if hashed else 1, table), np.int16),
-        shapes=np.zeros((episodes, pools if hashed else 1, 3), np.int64),
+        tables=np.zeros((episodes, pools + 2 if hashed else 1, table), np.int16),
+        shapes=np.zeros((episodes, pools + 2 if hashed else 1, 3), np.int64),
         tape=np.zeros((episodes, tasks, TAPE)),
         idle=np.zeros((episodes, executors), np.int64),
-        made=np.zeros((episodes, 2 * executors + 2, 3), np.int64),
-        spare=np.zeros((episodes, 2, table), np.int16),
-        spare_shape=np.zeros((episodes, 3), np.int64),
     )
 
 
@@ -91,8 +55,8 @@ def pick(all_episodes: Episode, i: int) -> Episode:
     a = all_episodes
     return Episode(
         a.glob[i], a.clock[i], a.jobs[i], a.times[i], a.active[i], a.stages[i], a.recent[i], a.executors[i], a.due[i],
-        a.heap[i], a.pools[i], a.commitments[i], a.choices[i], a.twister[i], a.tables[i], a.shapes[i], a.tape[i], a.idle[i], a.made[i],
-        a.spare[i], a.spare_shape[i],
+        a.heap[i], a.pools[i], a.commitments[i], a.choices[i], a.twister[i], a.tables[i], a.shapes[i], a.tape[i],
+        a.idle[i],
     )  # fmt: skip
 
 
@@ -140,7 +104,7 @@ def start(
         ep.shapes[:] = 0
         ep.shapes[:, 2] = 7
         for e in range(len(ep.executors)):
-            add(ep.tables[COMMON], ep.shapes[COMMON], e, ep.spare[1])
+            add(ep.tables[COMMON], ep.shapes[COMMON], e, ep.tables[-1])
     ep.glob[SOURCE] = COMMON
     while ep.glob[ARRIVED] < len(ep.jobs) and ep.times[ep.glob[ARRIVED], ARRIVAL] <= 0:
         arrive(ep)
@@ -155,7 +119,7 @@ def start_all(episodes, plan, stage_start, num_tasks, rough, templates, seeds): 
 
 
 @njit(cache=True)
-def step(ep: Episode, plan: Plan, k: int, count: int) -> float:
+def step(ep, plan, k, count):  # type: ignore[no-untyped-def]
     """Take a decision and let time pass to the next one; return the job-milliseconds that have passed."""
     before = ep.clock[0]
     first = ep.active[0] if ep.glob[ACTIVE] > 0 else ep.glob[ARRIVED]

@@ -6,259 +6,25 @@ them; the tests reproduce logs of that program to the last bit. Quirks of it can
 
 import numpy as np
 
-from tasks.job_scheduling.state import (
-    ACTIVE,
-    ARRIVAL,
-    ARRIVED,
-    BASE,
-    BUSY,
-    CHOICES,
-    COLD,
-    COMMITMENTS,
-    COMMITTED,
-    COMMON,
-    COMMON_WAITS,
-    COMPLETED,
-    DONE,
-    EARLY,
-    HOME,
-    INCOMPLETE,
-    LAST,
-    LOCAL,
-    MEDIAN,
-    MERSENNE,
-    MOVING,
-    NEWEST,
-    NONE,
-    OFFER,
-    OPEN,
-    ORDER,
-    OWNER,
-    PENDING,
-    PICKED,
-    POOL,
-    PROFILE,
-    PROMISED,
-    REMAINING,
-    REVERSED,
-    ROUND,
-    SEQUENCE,
-    SIZE,
-    SOURCE,
-    STAGES,
-    STALE,
-    STARTED,
-    STREAM,
-    SUPPLY,
-    TARGET,
-    UNFINISHED,
-    UNSTARTED,
-    WAITING,
-    kernel,
+from tasks.job_scheduling.bookkeeping import (  # isort: skip
+    backup, committable, demand, find_choices, leave_job, list_idle, move, pool_job, pop, push, shift,
 )  # fmt: skip
-from tasks.job_scheduling.streams import EMPTY, add, below, counted, discard, uniform
+from tasks.job_scheduling.state import (  # isort: skip
+    ACTIVE, ARRIVAL, ARRIVED, BASE, BUSY, CHOICES, COLD, COMMITMENTS, COMMON, COMMON_WAITS, COMPLETED, DONE, HOME,
+    INCOMPLETE, LAST, LOCAL, MEDIAN, MERSENNE, NONE, OFFER, OWNER, PENDING, PICKED, POOL, PROFILE, PROMISED,
+    REMAINING, REVERSED, ROUND, SIZE, SOURCE, STALE, STARTED, STREAM, SUPPLY, TARGET, UNFINISHED, UNSTARTED,
+    WAITING, inlined, kernel,
+)  # fmt: skip
+from tasks.job_scheduling.streams import below, counted, uniform
 
 FRESH, FIRST, REST = range(3)
 """Waves of tasks, as `Workload` orders them."""
 
 
-# Events of executors: a binary heap by time, and by the order in which they were made -----------------------------------
+# Executors ------------------------------------------------------------------------------------------------------------
 
 
-@kernel
-def _earlier(ep, a, b):  # type: ignore[no-untyped-def]
-    if ep.due[a] != ep.due[b]:
-        return ep.due[a] < ep.due[b]
-    return ep.executors[a, ORDER] < ep.executors[b, ORDER]
-
-
-@kernel
-def _push(ep, e, s, time):  # type: ignore[no-untyped-def]
-    """An executor will arrive at a stage, or end a task of it."""
-    glob, heap = ep.glob, ep.heap
-    ep.executors[e, TARGET] = s
-    ep.executors[e, ORDER] = glob[SEQUENCE]
-    ep.due[e] = time
-    glob[SEQUENCE] += 1
-    at = glob[PENDING]
-    glob[PENDING] += 1
-    while at > 0 and _earlier(ep, e, heap[(at - 1) // 2]):
-        heap[at] = heap[(at - 1) // 2]
-        at = (at - 1) // 2
-    heap[at] = e
-
-
-@kernel
-def _pop(ep):  # type: ignore[no-untyped-def]
-    """Take the executor with the next event off the heap."""
-    heap = ep.heap
-    ep.glob[PENDING] -= 1
-    count = ep.glob[PENDING]
-    first, moved = heap[0], heap[count]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= count:
-            break
-        if child + 1 < count and _earlier(ep, heap[child + 1], heap[child]):
-            child += 1
-        if not _earlier(ep, heap[child], moved):
-            break
-        heap[at] = heap[child]
-        at = child
-    heap[at] = moved
-    return first
-
-
-# Bookkeeping ------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def pool_job(ep, pool):  # type: ignore[no-untyped-def]
-    """Job that a pool belongs to; NONE for the common one."""
-    jobs = len(ep.jobs)
-    if pool <= COMMON:
-        return NONE
-    return pool - 1 if pool <= jobs else ep.stages[pool - 1 - jobs, OWNER]
-
-
-@kernel
-def committable(ep):  # type: ignore[no-untyped-def]
-    """Executors of the source that nothing was decided for yet."""
-    source = ep.glob[SOURCE]
-    return 0 if source == NONE else ep.pools[source, SIZE] - ep.pools[source, PROMISED]
-
-
-@kernel
-def demand(ep, s):  # type: ignore[no-untyped-def]
-    """Executors that a stage could still use."""
-    return ep.stages[s, REMAINING] - ep.stages[s, MOVING] - ep.stages[s, COMMITTED]
-
-
-@kernel
-def _shift(ep, plan, s, remaining, moving, committed):  # type: ignore[no-untyped-def]
-    """Change what a stage's demand consists of; its children learn whether it is filled."""
-    row = ep.stages[s]
-    before = row[REMAINING] - row[MOVING] - row[COMMITTED]
-    row[REMAINING] += remaining
-    row[MOVING] += moving
-    row[COMMITTED] += committed
-    after = row[REMAINING] - row[MOVING] - row[COMMITTED]
-    if (before > 0) != (after > 0):
-        profile, base = row[PROFILE], ep.jobs[row[OWNER], BASE]
-        for k in range(plan.child_start[profile], plan.child_start[profile + 1]):
-            ep.stages[base + plan.children[k], OPEN] += 1 if after > 0 else -1
-
-
-@kernel
-def _move(ep, e, pool):  # type: ignore[no-untyped-def]
-    """Put an executor into a pool, or on the way (NONE)."""
-    hashed = ep.tables.shape[1] > 0
-    old = ep.executors[e, POOL]
-    if old != NONE:
-        ep.pools[old, SIZE] -= 1
-        if hashed:
-            discard(ep.tables[old], ep.shapes[old], e)
-    ep.executors[e, POOL] = pool
-    if pool != NONE:
-        ep.pools[pool, SIZE] += 1
-        if hashed:
-            add(ep.tables[pool], ep.shapes[pool], e, ep.spare[1])
-
-
-@kernel
-def _leave_job(ep, e):  # type: ignore[no-untyped-def]
-    home = ep.executors[e, HOME]
-    if home != NONE:
-        ep.jobs[home, LOCAL] -= 1
-    ep.executors[e, HOME] = NONE
-    ep.executors[e, LAST] = NONE
-
-
-@kernel
-def _idle(ep, pool, out):  # type: ignore[no-untyped-def]
-    """List the executors of a pool that are not busy, in the order in which they are taken; return their number."""
-    count = 0
-    if ep.tables.shape[1] == 0:
-        for e in range(len(ep.executors)):
-            if ep.executors[e, POOL] == pool and not ep.executors[e, BUSY]:
-                out[count] = e
-                count += 1
-        return count
-    chosen, shape = ep.spare[0], ep.spare_shape
-    chosen[:] = EMPTY
-    shape[0], shape[1], shape[2] = 0, 0, 7
-    for at in range(ep.shapes[pool, 2] + 1):
-        e = np.int64(ep.tables[pool, at])
-        if e >= 0 and not ep.executors[e, BUSY]:
-            add(chosen, shape, e, ep.spare[1])
-    for at in range(shape[2] + 1):
-        e = chosen[at]
-        if e >= 0:
-            out[count] = e
-            count += 1
-    return count
-
-
-# Schedulable stages -----------------------------------------------------------------------------------------------------
-
-
-@kernel
-def schedulable(ep, plan, s):  # type: ignore[no-untyped-def]
-    """Whether a stage may be chosen, if its job may."""
-    row = ep.stages[s]
-    wants = row[REMAINING] - row[MOVING] - row[COMMITTED] > 0
-    early = plan.switches[EARLY] or row[WAITING] == 0
-    return wants and row[OPEN] == 0 and row[PICKED] != ep.glob[ROUND] and early
-
-
-@kernel
-def find_choices(ep, plan):  # type: ignore[no-untyped-def]
-    """List the schedulable stages, by arrival of their jobs; return their number."""
-    source = pool_job(ep, ep.glob[SOURCE])
-    count = 0
-    for k in range(ep.glob[ACTIVE]):
-        j = ep.active[k]
-        row = ep.jobs[j]
-        if row[UNSTARTED] == 0 or (j != source and row[SUPPLY] >= len(ep.executors)):
-            continue
-        for s in range(row[BASE], row[BASE] + row[STAGES]):
-            if schedulable(ep, plan, s):
-                ep.choices[count] = s
-                count += 1
-    ep.glob[CHOICES] = count
-    return count
-
-
-@kernel
-def _of_job(ep, plan, j):  # type: ignore[no-untyped-def]
-    """The last (first, if mended) schedulable stage of a job."""
-    base, count = ep.jobs[j, BASE], ep.jobs[j, STAGES]
-    for k in range(count):
-        s = base + (count - 1 - k if plan.switches[NEWEST] else k)
-        if schedulable(ep, plan, s):
-            return s
-    return NONE
-
-
-@kernel
-def _backup(ep, plan, e):  # type: ignore[no-untyped-def]
-    """Another stage for an executor whose stage has nothing left to start."""
-    home, active = ep.executors[e, HOME], ep.glob[ACTIVE]
-    found = _of_job(ep, plan, home)
-    for k in range(active):
-        if found != NONE:
-            return found
-        j = ep.active[active - 1 - k if plan.switches[NEWEST] else k]
-        if j != home and ep.jobs[j, SUPPLY] < len(ep.executors) and ep.jobs[j, UNSTARTED] > 0:
-            found = _of_job(ep, plan, j)
-    return found
-
-
-# Executors --------------------------------------------------------------------------------------------------------------
-
-
-@kernel
+@inlined
 def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """Draw how long a task takes; return level, wave, warm-up and duration."""
     row = ep.stages[s]
@@ -286,17 +52,14 @@ def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
         wave = FRESH
     if stream == MEDIAN:
         return level, wave, warm, plan.medians[profile, level, wave] + warm
-    if stream == MERSENNE:
-        at = below(ep.twister, sizes[wave])
-    else:
-        at = int(counted(ep) * sizes[wave])
+    at = below(ep.twister, sizes[wave]) if stream == MERSENNE else int(counted(ep) * sizes[wave])
     return level, wave, warm, plan.durations[plan.wave_start[profile, level, wave] + at] + warm
 
 
-@kernel
+@inlined
 def _start(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """An executor that is at a stage's job begins the next task."""
-    _shift(ep, plan, s, -1, 0, 0)
+    shift(ep, plan, s, -1, 0, 0)
     j = ep.stages[s, OWNER]
     if ep.stages[s, REMAINING] == 0:
         ep.jobs[j, UNSTARTED] -= 1
@@ -309,7 +72,7 @@ def _start(ep, plan, e, s):  # type: ignore[no-untyped-def]
         row[0], row[1], row[2], row[3], row[4] = ep.clock[0], j, s - ep.jobs[j, BASE], e, ep.jobs[j, LOCAL]
         row[5], row[6], row[7], row[8] = plan.level_key[ep.stages[s, PROFILE], level], wave, warm > 0, duration
     ep.glob[STARTED] += 1
-    _push(ep, e, s, ep.clock[0] + duration)
+    push(ep, e, s, ep.clock[0] + duration)
 
 
 @kernel
@@ -320,19 +83,19 @@ def _park(ep, plan, e):  # type: ignore[no-untyped-def]
     if j == NONE:
         return
     if ep.jobs[j, UNSTARTED] == 0:
-        _move(ep, e, COMMON)
-        _leave_job(ep, e)
+        move(ep, e, COMMON)
+        leave_job(ep, e)
         if not plan.switches[STALE]:
             ep.jobs[j, SUPPLY] -= 1
     elif pool > len(ep.jobs):
-        _move(ep, e, 1 + j)
+        move(ep, e, 1 + j)
 
 
 @kernel
 def _park_all(ep, plan, pool):  # type: ignore[no-untyped-def]
     if pool == COMMON:
         return
-    for k in range(_idle(ep, pool, ep.idle)):
+    for k in range(list_idle(ep, pool)):
         _park(ep, plan, ep.idle[k])
 
 
@@ -340,30 +103,30 @@ def _park_all(ep, plan, pool):  # type: ignore[no-untyped-def]
 def _go(ep, plan, e, s):  # type: ignore[no-untyped-def]
     """Bring an executor to a stage, if that still needs it."""
     if ep.stages[s, REMAINING] == 0:
-        s = _backup(ep, plan, e)
+        s = backup(ep, plan, e)
         if s == NONE:
             _park(ep, plan, e)
             return
     j = ep.stages[s, OWNER]
     if ep.executors[e, HOME] != j:
         left = pool_job(ep, ep.executors[e, POOL])
-        _move(ep, e, NONE)
-        _shift(ep, plan, s, 0, 1, 0)
+        move(ep, e, NONE)
+        shift(ep, plan, s, 0, 1, 0)
         ep.jobs[j, SUPPLY] += 1
         if left != NONE:
             ep.jobs[left, SUPPLY] -= 1
-        _leave_job(ep, e)
-        _push(ep, e, s, ep.clock[0] + plan.delays[0])
+        leave_job(ep, e)
+        push(ep, e, s, ep.clock[0] + plan.delays[0])
     elif ep.stages[s, WAITING] > 0:
         if plan.switches[COLD]:
             ep.executors[e, LAST] = NONE
-        _move(ep, e, 1 + j)
+        move(ep, e, 1 + j)
     else:
-        _move(ep, e, 1 + len(ep.jobs) + s)
+        move(ep, e, 1 + len(ep.jobs) + s)
         _start(ep, plan, e, s)
 
 
-# Rounds of decisions ----------------------------------------------------------------------------------------------------
+# Rounds of decisions --------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -380,9 +143,18 @@ def _commit(ep, plan, target, count):  # type: ignore[no-untyped-def]
     ep.pools[source, PROMISED] += count
     if target != COMMON:
         j = pool_job(ep, target)
-        _shift(ep, plan, target - 1 - len(ep.jobs), 0, 0, count)
+        shift(ep, plan, target - 1 - len(ep.jobs), 0, 0, count)
         if j != pool_job(ep, source):
             ep.jobs[j, SUPPLY] += count
+
+
+@kernel
+def _promise(ep, pool):  # type: ignore[no-untyped-def]
+    """Where the first executor that a pool promised goes."""
+    at = 0
+    while ep.commitments[at, 0] != pool:
+        at += 1
+    return ep.commitments[at, 1]
 
 
 @kernel
@@ -403,7 +175,7 @@ def _fulfil(ep, plan, e, target):  # type: ignore[no-untyped-def]
         _park(ep, plan, e)
         return
     s, j = target - 1 - len(ep.jobs), pool_job(ep, target)
-    _shift(ep, plan, s, 0, 0, -1)
+    shift(ep, plan, s, 0, 0, -1)
     if j != pool_job(ep, source):
         ep.jobs[j, SUPPLY] -= 1
     _go(ep, plan, e, s)
@@ -415,22 +187,13 @@ def _finish_round(ep, plan):  # type: ignore[no-untyped-def]
     source, left = ep.glob[SOURCE], committable(ep)
     if left > 0:
         _commit(ep, plan, COMMON, left)
-    idle, made, entries = ep.idle, ep.made, ep.glob[COMMITMENTS]
-    count = _idle(ep, source, idle)
-    for k in range(entries):
-        for c in range(3):
-            made[k, c] = ep.commitments[k, c]
-    at = 0
-    for k in range(entries):
-        if made[k, 0] == source:
-            for _ in range(min(made[k, 2], count - at)):
-                _fulfil(ep, plan, idle[at], made[k, 1])
-                at += 1
+    for k in range(list_idle(ep, source)):
+        _fulfil(ep, plan, ep.idle[k], _promise(ep, source))
     ep.glob[SOURCE] = NONE
     ep.glob[ROUND] += 1
 
 
-# Events -----------------------------------------------------------------------------------------------------------------
+# Events ---------------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -458,7 +221,7 @@ def _complete_job(ep, plan, j):  # type: ignore[no-untyped-def]
     ep.glob[DONE] += 1
 
 
-@kernel
+@inlined
 def _end_task(ep, plan, e):  # type: ignore[no-untyped-def]
     """An executor ends a task: it takes the next one of the stage, or goes where it was promised to, or is free."""
     s = ep.executors[e, TARGET]
@@ -481,10 +244,7 @@ def _end_task(ep, plan, e):  # type: ignore[no-untyped-def]
             _complete_job(ep, plan, j)
     promised = ep.pools[pool, PROMISED] > 0
     if promised:
-        at = 0
-        while ep.commitments[at, 0] != pool:
-            at += 1
-        _fulfil(ep, plan, e, ep.commitments[at, 1])
+        _fulfil(ep, plan, e, _promise(ep, pool))
     else:
         if plan.switches[COLD]:
             ep.executors[e, LAST] = NONE
@@ -504,12 +264,12 @@ def _end_move(ep, plan, e):  # type: ignore[no-untyped-def]
     j = ep.stages[s, OWNER]
     ep.executors[e, HOME] = j
     ep.jobs[j, LOCAL] += 1
-    _shift(ep, plan, s, 0, -1, 0)
-    _move(ep, e, 1 + j)
+    shift(ep, plan, s, 0, -1, 0)
+    move(ep, e, 1 + j)
     _go(ep, plan, e, s)
 
 
-@kernel
+@inlined
 def next_event(ep):  # type: ignore[no-untyped-def]
     """When the next event happens, ms; infinite if there is none."""
     glob = ep.glob
@@ -530,7 +290,7 @@ def resume(ep, plan, until):  # type: ignore[no-untyped-def]
         if glob[ARRIVED] < len(ep.jobs) and ep.times[glob[ARRIVED], ARRIVAL] == now:  # was in the queue before others
             arrive(ep)
         else:
-            e = _pop(ep)
+            e = pop(ep)
             if ep.executors[e, BUSY]:
                 _end_task(ep, plan, e)
             else:

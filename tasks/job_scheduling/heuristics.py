@@ -14,7 +14,8 @@ from numba import njit
 
 from netllm_pl.errors import UserError
 from tasks.job_scheduling.batch import pick
-from tasks.job_scheduling.engine import act, committable, demand, pool_job
+from tasks.job_scheduling.bookkeeping import committable, demand, pool_job
+from tasks.job_scheduling.engine import act
 from tasks.job_scheduling.simulator import Observations, Simulator
 from tasks.job_scheduling.state import (
     ACTIVE, BASE, CHOICES, COMPLETED, NONE, OWNER, REMAINING, SOURCE, STAGES, SUPPLY, UNFINISHED, UNSTARTED, WAITING,

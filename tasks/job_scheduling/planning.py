@@ -15,7 +15,8 @@ import numpy.typing as npt
 from numba import njit
 
 from tasks.job_scheduling.batch import allocate, pick
-from tasks.job_scheduling.engine import act, committable, demand
+from tasks.job_scheduling.bookkeeping import committable, demand
+from tasks.job_scheduling.engine import act
 from tasks.job_scheduling.heuristics import Scheme, choose, first_choices, works
 from tasks.job_scheduling.simulator import Observations, Simulator, plan_of
 from tasks.job_scheduling.state import (

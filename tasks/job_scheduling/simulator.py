@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from netllm_pl.errors import UserError
-from tasks.job_scheduling.batch import (
+
+from tasks.job_scheduling.batch import (  # isort: skip
     DECISION, EXTRA, JOBS, NODES, allocate, count_all, observe_all, start_all, step_all, uniforms,
 )  # fmt: skip
-from tasks.job_scheduling.state import (
+from tasks.job_scheduling.state import (  # isort: skip
     ARRIVAL, CHOICES, COMPLETED, COUNTED, MEDIAN, MERSENNE, STAGES, STARTED, TEMPLATE, Plan,
 )  # fmt: skip
 from tasks.job_scheduling.workloads import LEVELS, Workload
@@ -169,7 +170,7 @@ class Simulator:
         self.episodes = allocate(len(seeds), rules.jobs, int(stages.max()), rules.executors, tasks, hashed)
         self.episodes.times[:, :, ARRIVAL] = [episode[1] for episode in jobs]
         if rules.stream == "published":
-            self.episodes.twister[:] = [random.Random(seed).getstate()[1] for seed in seeds]  # noqa: S311
+            self.episodes.twister[:] = [random.Random(seed).getstate()[1] for seed in seeds]
         start_all(
             self.episodes, self.plan, workload.stage_start, workload.num_tasks, workload.rough_ms, templates,
             np.array([seed % 2**63 for seed in seeds], np.int64),
@@ -186,9 +187,9 @@ class Simulator:
             actions: (N, 2) k and executors.
 
         Returns:
-            Observations, rewards (N,), which episodes are over (N,), and what was decided, arrays (N,): ``wall_time_ms``,
-            ``sel_job_id``, ``sel_stage_id`` (-1 if none), ``num_exec_committed``, ``source_job_id``,
-            ``num_committable``, ``n_active_jobs``, ``n_schedulable``.
+            Observations, rewards (N,), which episodes are over (N,), and what was decided, arrays (N,):
+            ``wall_time_ms``, ``sel_job_id``, ``sel_stage_id`` (-1 if none), ``num_exec_committed``,
+            ``source_job_id``, ``num_committable``, ``n_active_jobs``, ``n_schedulable``.
 
         Raises:
             UserError: An action is not possible.
@@ -234,7 +235,7 @@ class Simulator:
         return drawn
 
     def jobs(self) -> Observations:
-        """Tell of all jobs of all episodes, arrays (N, J): arrival and completion, ms, size, query, stages and tasks."""
+        """Tell of all jobs of all episodes, arrays (N, J): arrival and completion, ms, size, query, stages, tasks."""
         ep, workload = self.episodes, self.workload
         template = ep.jobs[:, :, TEMPLATE]
         totals = np.add.reduceat(workload.num_tasks, workload.stage_start[:-1])
@@ -296,7 +297,7 @@ class Simulator:
             "limits": np.empty(k, np.int16),
         }
         numbers = np.empty((count, 3))
-        observe_all(self.episodes, self.plan, ends, *flat.values(), numbers)
+        observe_all(self.episodes, self.plan, ends, *flat.values(), numbers)  # type: ignore[call-arg]
         kinds = {"nodes": 0, "extra": 0, "edges": 1, "heights": 0, "job_nodes": 2, "jobs": 2, "caps": 2}
         seen: Observations = {}
         for name, values in flat.items():
@@ -306,7 +307,7 @@ class Simulator:
                 ragged[i] = values[bounds[i] : bounds[i + 1]]
         seen["committable"], seen["source"] = numbers[:, 0].astype(np.int64), numbers[:, 1].astype(np.int64)
         seen["time_s"], seen["reward"] = numbers[:, 2] / 1000.0, rewards
-        over = np.flatnonzero(counts[:, 3] == 0)
+        over = np.flatnonzero(counts[:, 3] == 0).tolist()
         for i in over if self.observations else ():
             for name in (*flat, "committable", "source"):
                 seen[name][i] = self.observations[name][i]

@@ -6,14 +6,14 @@ the one that ``set.pop`` gives.
 
 import numpy as np
 
-from tasks.job_scheduling.state import DRAWS, NONE, SEED, Episode, kernel
+from tasks.job_scheduling.state import DRAWS, NONE, SEED, inlined, kernel
 
 PROBES = 9
 """Neighbouring entries that CPython's sets look at before they jump."""
 EMPTY, DELETED = -1, -2
 
 
-@kernel
+@inlined
 def word(twister):  # type: ignore[no-untyped-def]
     """Next 32 bits of MT19937 (Matsumoto and Nishimura, 1998)."""
     at = twister[624]
@@ -31,14 +31,14 @@ def word(twister):  # type: ignore[no-untyped-def]
     return y ^ (y >> 18)
 
 
-@kernel
+@inlined
 def uniform(twister):  # type: ignore[no-untyped-def]
     """What ``random.random()`` returns."""
     high, low = word(twister) >> 5, word(twister) >> 6
     return (high * 67108864.0 + low) / 9007199254740992.0
 
 
-@kernel
+@inlined
 def below(twister, count):  # type: ignore[no-untyped-def]
     """Index that ``random.choice`` takes of a list with so many elements."""
     bits = 0
@@ -50,8 +50,8 @@ def below(twister, count):  # type: ignore[no-untyped-def]
     return drawn
 
 
-@kernel
-def counted(episode: Episode) -> float:
+@inlined
+def counted(episode):  # type: ignore[no-untyped-def]
     """Number in [0, 1) that depends on the episode's seed and how many were drawn (SplitMix64, Steele et al. 2014)."""
     glob = episode.glob
     z = np.uint64(glob[SEED]) * np.uint64(0xD1342543DE82EF95) + np.uint64(glob[DRAWS]) * np.uint64(0x9E3779B97F4A7C15)
