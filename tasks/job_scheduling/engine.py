@@ -203,7 +203,6 @@ def arrive(ep):  # type: ignore[no-untyped-def]
     ep.active[glob[ACTIVE]] = glob[ARRIVED]
     glob[ACTIVE] += 1
     glob[ARRIVED] += 1
-    glob[OFFER] = 1
     if ep.pools[COMMON, SIZE] > 0:
         glob[SOURCE] = COMMON
 
@@ -277,11 +276,29 @@ def next_event(ep):  # type: ignore[no-untyped-def]
     return min(soonest, ep.times[glob[ARRIVED], ARRIVAL]) if glob[ARRIVED] < len(ep.jobs) else soonest
 
 
+@inlined
+def _asks(ep, plan):  # type: ignore[no-untyped-def]
+    """Whether executors of the source, or, if mended, of the common pool must be assigned; parks them if not."""
+    glob = ep.glob
+    while True:
+        if committable(ep) > 0:
+            if find_choices(ep, plan) > 0:
+                return True
+            _park_all(ep, plan, glob[SOURCE])
+            glob[SOURCE] = NONE
+        if plan.switches[COMMON_WAITS] or not glob[OFFER]:
+            return False
+        glob[OFFER] = 0
+        glob[SOURCE] = COMMON
+
+
 @kernel
 def resume(ep, plan, until):  # type: ignore[no-untyped-def]
     """Let time pass until something must be decided; False if nothing will be, or not before a time, ms."""
     glob = ep.glob
     while True:
+        if _asks(ep, plan):
+            return True
         now = next_event(ep)
         if now > until or now == np.inf:
             glob[CHOICES] = 0
@@ -295,16 +312,6 @@ def resume(ep, plan, until):  # type: ignore[no-untyped-def]
                 _end_task(ep, plan, e)
             else:
                 _end_move(ep, plan, e)
-        while True:
-            if committable(ep) > 0:
-                if find_choices(ep, plan) > 0:
-                    return True
-                _park_all(ep, plan, glob[SOURCE])
-                glob[SOURCE] = NONE
-            if plan.switches[COMMON_WAITS] or not glob[OFFER]:
-                break
-            glob[OFFER] = 0
-            glob[SOURCE] = COMMON
 
 
 @kernel

@@ -45,7 +45,8 @@ class Rules:
             two that is as likely as not.
         order: Which of several idle executors goes first: ``hash``, as CPython's sets give them; ``ascending``.
         reversed_levels: With n executors between two levels, the farther one is the likelier. Mended: the nearer.
-        common_waits: Executors in the common pool are offered at arrivals only. Mended: also when stages appear.
+        common_waits: Executors in the common pool are offered at arrivals only. Mended: also when the last parent of a
+            stage is complete.
         early_commitment: Executors may be given to stages whose parents still run. Mended: not.
         cold_release: An executor that nothing was decided for forgets its stage. Mended: it stays warm.
         stale_supply: Executors that leave a finishing job still count as its supply. Mended: not.

@@ -46,7 +46,7 @@ class Episode(NamedTuple):
     Attributes:
         glob: (GLOB,) SOURCE pool whose executors are assigned; ROUND stamp of the current round; ACTIVE jobs; ARRIVED
             jobs; PENDING events of executors; SEQUENCE number of the next event; COMMITMENTS entries; DONE jobs;
-            CHOICES: schedulable stages; STARTED tasks; OFFER: whether stages appeared that resting executors were not
+            CHOICES: schedulable stages; STARTED tasks; OFFER: whether stages got ready that the common pool was not
             offered; SEED and DRAWS of the counted random stream.
         clock: (1,) now, ms.
         jobs: (J, JOB) SUPPLY of executors; LOCAL ones; UNSTARTED stages (with tasks that were not started);
