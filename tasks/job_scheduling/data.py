@@ -22,6 +22,8 @@ from netllm_pl.rollout import Rollout
 from netllm_pl.timing import Work
 from tasks.job_scheduling.baselines import NAMES, build
 from tasks.job_scheduling.batch import EXTRA, JOBS, NODES
+from tasks.job_scheduling.heuristics import adviser
+from tasks.job_scheduling.planning import Lookahead, Planner, Valued
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, without
 from tasks.job_scheduling.synthetic import SyntheticWorkload
@@ -47,6 +49,7 @@ class JobSchedulingData(DecisionData):
         weights_dir: Folder of the published Decima weights (decima.npz); null looks for ``weights`` in and beside the
             data's folder.
         synthetic: The generator's settings.
+        lookahead: How `rollout` and the values of experience look ahead.
         pool: Folder of training experience that `collect` wrote, or several; null records it as ``experience`` says.
         experience: What to record for training (without a pool), and for the losses of validation and test. Null, for
             learners that play themselves, gives numbers of episodes in place of recorded steps.
@@ -81,6 +84,7 @@ class JobSchedulingData(DecisionData):
         data_dir: str | None = None,
         weights_dir: str | None = None,
         synthetic: SyntheticWorkload = SyntheticWorkload(),  # noqa: B008  # frozen
+        lookahead: Lookahead = Lookahead(extra=4),  # noqa: B008  # frozen
         pool: str | list[str] | None = None,
         experience: Experience | None = EXPERIENCE,
         window: int = 20,
@@ -93,6 +97,7 @@ class JobSchedulingData(DecisionData):
     ) -> None:
         super().__init__(pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed)
         check_seeds(test_seeds=test_seeds, valid_seeds=valid_seeds)
+        self.lookahead, self.adviser = lookahead, adviser(lookahead.scheme)
         self.source, self.synthetic, self.held_out = workload, synthetic, held_out
         self.rules = replace(rules, stream="median", order="ascending") if deterministic else rules
         self.seeds: dict[str, Sequence[int]] = {"test": list(test_seeds), "valid": list(valid_seeds)}
@@ -122,21 +127,25 @@ class JobSchedulingData(DecisionData):
         if mode not in ("fixed", "random"):
             raise unknown("mode", mode, ("fixed", "random"))
         drawn = mode == "random" or split == "train"
-        return Simulator(self.workload(split), self.rules, first_seed(split) if drawn else 0)
+        return Simulator(self.workload(split), self.rules, first_seed(split) if drawn else 0, adviser=self.adviser)
 
     def logged(self, env: Simulator) -> Simulator:
         """Let a simulator tell of its observations, too."""
-        return Logged(env.workload, env.rules, env.first_seed)
+        return Logged(env.workload, env.rules, env.first_seed, adviser=env.adviser)
 
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy from its name: a baseline, a checkpoint's path, or a folder."""
+        if name == "rollout":
+            return Planner(replace(self.lookahead, extra=0))
         if name in NAMES:
             return build(name, weights_folder(self.weights_dir, self.root), self.seed)
         return super().policy(name, split)
 
     def label(self, env: Any, values: str) -> Any:
         """Add values of candidate decisions to each step of a simulator."""
-        raise unknown("kind of action values", values, ())
+        if values != "lookahead":
+            raise unknown("kind of action values", values, ("lookahead",))
+        return Valued(env, self.lookahead)
 
     def benchmarks(self) -> dict[str, Work]:
         """List the simulator's speed, and what planning costs."""

@@ -4,25 +4,36 @@ All go by one scheme: jobs in some order, each with a share of the executors. Th
 go to the first job in order that has a stage and less than its share. Shapes: N episodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from netllm_pl.errors import UserError
 from tasks.job_scheduling.batch import pick
-from tasks.job_scheduling.bookkeeping import committable, demand, pool_job
+from tasks.job_scheduling.bookkeeping import committable, pool_job
 from tasks.job_scheduling.engine import act
 from tasks.job_scheduling.simulator import Observations, Simulator
 from tasks.job_scheduling.state import (
-    ACTIVE, BASE, CHOICES, COMPLETED, NONE, OWNER, REMAINING, SOURCE, STAGES, SUPPLY, UNFINISHED, UNSTARTED, WAITING,
-    ARRIVAL, Floats,
+    ACTIVE,
+    BASE,
+    CHOICES,
+    NONE,
+    OWNER,
+    REMAINING,
+    SOURCE,
+    STAGES,
+    SUPPLY,
+    UNSTARTED,
+    WAITING,
+    Episode,
+    Floats,
+    Ints,
 )  # fmt: skip
 
-BY_WORK, DIVIDE, EXPONENT, MOST, COUNT_SATURATED, KEEP, SPILL = range(7)
+BY_WORK, DIVIDE, EXPONENT, SCALE, MOST, COUNT_SATURATED, KEEP, SPILL = range(8)
 KEEPS = ("none", "share", "all")
 """What `KEEP` numbers."""
 """Entries of a scheme's parameters."""
@@ -37,6 +48,7 @@ class Scheme:
             first; otherwise by arrival.
         divide: Executors are divided into shares; otherwise a job may have up to `most`.
         exponent: A job's share is proportional to this power of its remaining work; 0 gives equal shares.
+        scale: Factor on shares.
         most: No share is larger than this part of all executors.
         count_saturated: Jobs without tasks to start count when shares are computed.
         keep: While the job that executors leave has a stage, it is the first to get ``all`` of them, or up to its
@@ -47,6 +59,7 @@ class Scheme:
     by_work: bool = True
     divide: bool = True
     exponent: float = 0.0
+    scale: float = 1.0
     most: float = 1.0
     count_saturated: bool = False
     keep: Literal["none", "share", "all"] = "share"
@@ -54,14 +67,18 @@ class Scheme:
 
     def parameters(self) -> Floats:
         """What the kernels read."""
-        flags = (self.by_work, self.divide, self.exponent, self.most, self.count_saturated, KEEPS.index(self.keep), self.spill)
-        return np.array(flags, np.float64)
+        shares = (self.by_work, self.divide, self.exponent, self.scale, self.most, self.count_saturated)
+        return np.array([*shares, KEEPS.index(self.keep), self.spill], np.float64)
 
 
 SCHEMES = {
-    # The published program's: see `run_baseline` of NetLLM.
+    # As the published program: all jobs count, and those with nothing left to start still have a supply.
     "fifo": Scheme(by_work=False, divide=False, most=0.5, keep="all", spill=False),
     "fair": Scheme(by_work=False, count_saturated=True, keep="all", spill=False),
+    "sjf": Scheme(divide=False, keep="none", spill=False),
+    "sjf_capped": Scheme(divide=False, most=0.4, keep="none", spill=False),
+    "weighted_fair": Scheme(exponent=-1.0, keep="none"),
+    "srpt_fair": Scheme(),
 }
 
 
@@ -103,7 +120,7 @@ def choose(ep, scheme):  # type: ignore[no-untyped-def]
         total += share[a]
     most = np.ceil(scheme[MOST] * executors - 1e-9)
     for a in range(active):
-        share[a] = min(np.ceil(executors * share[a] / total - 1e-9), most) if scheme[DIVIDE] else most
+        share[a] = min(np.ceil(scheme[SCALE] * executors * share[a] / total - 1e-9), most) if scheme[DIVIDE] else most
     order = np.argsort(work, kind="mergesort") if scheme[BY_WORK] else np.arange(active)
     own = NONE
     for a in range(active):
@@ -175,3 +192,9 @@ class Heuristic:
         actions = np.empty((len(observations["time_s"]), 2), np.int64)
         choose_all(self.env.episodes, self.parameters, actions)
         return actions
+
+
+def adviser(scheme: Scheme) -> Callable[[Episode, Ints], object]:
+    """Return what a `Simulator` takes to show the decisions of a scheme in its observations."""
+    parameters = scheme.parameters()
+    return lambda episodes, actions: choose_all(episodes, parameters, actions)

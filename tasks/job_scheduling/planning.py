@@ -1,4 +1,4 @@
-"""Looks ahead in the simulator: each candidate decision is followed by a hand-written scheduler in a copy of the episode.
+"""Looks ahead in the simulator: a hand-written scheduler goes on after each candidate decision, in a copy of the episode.
 
 The copy knows what a scheduler can know: no job arrives in it that has not arrived yet, and tasks take the median of
 their profiles. Rollouts as policy improvement: Bertsekas, Tsitsiklis and Wu (1997). Shapes: N episodes, C candidates.
@@ -20,8 +20,17 @@ from tasks.job_scheduling.engine import act
 from tasks.job_scheduling.heuristics import Scheme, choose, first_choices, works
 from tasks.job_scheduling.simulator import Observations, Simulator, plan_of
 from tasks.job_scheduling.state import (
-    ACTIVE, ARRIVAL, ARRIVED, CHOICES, COMPLETED, NONE, UNSTARTED, Episode, Floats, Ints, Plan,
+    ACTIVE,
+    ARRIVAL,
+    ARRIVED,
+    CHOICES,
+    COMPLETED,
+    NONE,
+    SEQUENCE,
+    Floats,
+    Ints,
 )  # fmt: skip
+from tasks.job_scheduling.streams import uniform_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Lookahead:
         horizon_s: Simulated time; what is left then is estimated.
         jobs: How many of the smallest jobs get candidates.
         shares: Candidates of a stage: parts of the executors that it could get.
+        extra: Further candidates: any schedulable stages with any numbers of executors, as values of these are wanted
+            for learning, too.
         margin: A candidate must be this part better than the scheme's own decision, of its cost, to replace it.
     """
 
@@ -40,6 +51,7 @@ class Lookahead:
     horizon_s: float = 60.0
     jobs: int = 4
     shares: tuple[float, ...] = (1.0, 0.5, 0.25)
+    extra: int = 0
     margin: float = 0.0
 
 
@@ -94,7 +106,18 @@ def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True)
-def candidates(ep, scheme, jobs, shares, out):  # type: ignore[no-untyped-def]
+def _append(ep, k, executors, out, count):  # type: ignore[no-untyped-def]
+    """Add a candidate unless it is there; return how many there are."""
+    for c in range(count):
+        useful = NONE if out[c, 0] == NONE else min(out[c, 1], demand(ep, ep.choices[out[c, 0]]))
+        if out[c, 0] == k and useful == executors:
+            return count
+    out[count] = (k, executors)
+    return count + 1
+
+
+@njit(cache=True)
+def candidates(ep, scheme, jobs, shares, extra, out):  # type: ignore[no-untyped-def]
     """List decisions worth a look, the scheme's own first; return their number. Out (C, 2)."""
     out[0] = choose(ep, scheme)
     count, free, active = 1, committable(ep), ep.glob[ACTIVE]
@@ -108,20 +131,16 @@ def candidates(ep, scheme, jobs, shares, out):  # type: ignore[no-untyped-def]
         taken += 1
         limit = min(free, demand(ep, ep.choices[first[a]]))
         for share in shares:
-            executors = max(1, int(np.ceil(share * limit)))
-            new = True
-            for c in range(count):
-                useful = NONE if out[c, 0] == NONE else min(out[c, 1], demand(ep, ep.choices[out[c, 0]]))
-                if out[c, 0] == first[a] and useful == executors:
-                    new = False
-            if new:
-                out[count] = (first[a], executors)
-                count += 1
+            count = _append(ep, first[a], max(1, int(np.ceil(share * limit))), out, count)
+    for draw in range(extra):
+        k = int(uniform_of(ep.glob[SEQUENCE], 2 * draw) * ep.glob[CHOICES])
+        limit = min(free, demand(ep, ep.choices[k]))
+        count = _append(ep, k, 1 + int(uniform_of(ep.glob[SEQUENCE], 2 * draw + 1) * limit), out, count)
     return count
 
 
 @njit(cache=True, nogil=True)
-def plan_all(episodes, scratch, plan, scheme, horizon, jobs, shares, begin, end, tried, costs, counts):  # type: ignore[no-untyped-def]
+def plan_all(episodes, scratch, plan, scheme, horizon, jobs, shares, extra, begin, end, tried, costs, counts):  # type: ignore[no-untyped-def]
     """Look ahead in episodes begin to end: candidates (N, C, 2), their costs (N, C), job-ms, and numbers (N,)."""
     to = pick(scratch, begin)
     for i in range(begin, end):
@@ -129,7 +148,7 @@ def plan_all(episodes, scratch, plan, scheme, horizon, jobs, shares, begin, end,
         counts[i] = 0
         if ep.glob[CHOICES] == 0:
             continue
-        counts[i] = candidates(ep, scheme, jobs, shares, tried[i])
+        counts[i] = candidates(ep, scheme, jobs, shares, extra, tried[i])
         for c in range(counts[i]):
             costs[i, c] = cost(ep, to, plan, scheme, tried[i, c, 0], tried[i, c, 1], horizon)
 
@@ -159,7 +178,7 @@ class Planner:
     def look(self) -> tuple[Ints, Floats, Ints]:
         """Return candidates (N, C, 2), their costs (N, C) in job-seconds, and how many there are (N,)."""
         ahead, count = self.lookahead, len(self.env.decisions)
-        most = 1 + ahead.jobs * len(ahead.shares)
+        most = 1 + ahead.jobs * len(ahead.shares) + ahead.extra
         tried, costs = np.zeros((count, most, 2), np.int64), np.zeros((count, most))
         counts, shares = np.zeros(count, np.int64), np.array(ahead.shares)
         workers = min(self.threads, count)
@@ -168,7 +187,7 @@ class Planner:
         def work(k: int) -> None:
             plan_all(
                 self.env.episodes, self.scratch, self.plan, ahead.scheme.parameters(), 1000.0 * ahead.horizon_s,
-                ahead.jobs, shares, bounds[k], bounds[k + 1], tried, costs, counts,
+                ahead.jobs, shares, ahead.extra, bounds[k], bounds[k + 1], tried, costs, counts,
             )  # fmt: skip
 
         if workers == 1:
@@ -183,4 +202,40 @@ class Planner:
         tried, costs, counts = self.look()
         costs = np.where(np.arange(costs.shape[1]) < counts[:, None], costs, np.inf)
         costs[:, 0] *= 1 - self.lookahead.margin
-        return tried[np.arange(len(tried)), costs.argmin(1)]
+        best: Ints = tried[np.arange(len(tried)), costs.argmin(1)]
+        return best
+
+
+class Valued:
+    """A simulator whose ``info`` also holds ``values`` (N,) of (C, 3): candidates and what they are worth.
+
+    A row is a stage (its number among the schedulable ones, or -1), executors, and the value in job-seconds: how much
+    worse than the best candidate it is, at most 0.
+
+    Args:
+        simulator: What is played.
+        lookahead: How candidates are found and valued.
+    """
+
+    def __init__(self, simulator: Simulator, lookahead: Lookahead) -> None:
+        self.simulator, self.planner = simulator, Planner(lookahead)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else there is, the simulator has."""
+        return getattr(self.simulator, name)
+
+    def reset(self, seeds: Sequence[int]) -> Observations:
+        """Start one episode for each seed."""
+        observations = self.simulator.reset(seeds)
+        self.planner.watch(self.simulator)
+        return observations
+
+    def step(self, actions: npt.NDArray[Any]) -> tuple[Observations, Floats, npt.NDArray[np.bool_], Observations]:
+        """Value candidates, then take the decisions."""
+        tried, costs, counts = self.planner.look()
+        values = np.empty(len(counts), object)
+        for i, count in enumerate(counts):
+            worse = costs[i, :count].min(initial=np.inf) - costs[i, :count]
+            values[i] = np.concatenate([tried[i, :count], worse[:, None]], axis=1).astype(np.float32)
+        observations, rewards, over, info = self.simulator.step(actions)
+        return observations, rewards, over, info | {"values": values}

@@ -5,7 +5,7 @@ M nodes (incomplete stages of active jobs), E edges, J active jobs, K schedulabl
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from tasks.job_scheduling.batch import (  # isort: skip
     DECISION, EXTRA, JOBS, NODES, allocate, count_all, observe_all, start_all, step_all, uniforms,
 )  # fmt: skip
 from tasks.job_scheduling.state import (  # isort: skip
-    ARRIVAL, CHOICES, COMPLETED, COUNTED, MEDIAN, MERSENNE, STAGES, STARTED, TEMPLATE, Plan,
+    ARRIVAL, CHOICES, COMPLETED, COUNTED, MEDIAN, MERSENNE, STAGES, STARTED, TEMPLATE, Episode, Ints, Plan,
 )  # fmt: skip
 from tasks.job_scheduling.workloads import LEVELS, Workload
 
@@ -147,13 +147,23 @@ class Simulator:
         rules: How the cluster runs.
         first_seed: Added to the seeds of episodes, so that those of two splits differ.
         tape: Keep every start of a task (`tape`).
+        adviser: Fills in decisions (N, 2), which observations then hold as ``advice`` (N, 2) int64, such as those of a
+            hand-written scheduler (`tasks.job_scheduling.heuristics.adviser`).
 
     Attributes:
         first: What `reset` tells of each episode: ``seed`` (N,).
     """
 
-    def __init__(self, workload: Workload, rules: Rules | None = None, first_seed: int = 0, tape: bool = False) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        rules: Rules | None = None,
+        first_seed: int = 0,
+        tape: bool = False,
+        adviser: Callable[[Episode, Ints], object] | None = None,
+    ) -> None:
         self.workload, self.rules, self.first_seed, self._taped = workload, rules or Rules(), first_seed, tape
+        self.adviser = adviser
         self.plan = plan_of(workload, self.rules)
         self.table = workload.table
         self.first: Observations = {}
@@ -308,6 +318,9 @@ class Simulator:
                 ragged[i] = values[bounds[i] : bounds[i + 1]]
         seen["committable"], seen["source"] = numbers[:, 0].astype(np.int64), numbers[:, 1].astype(np.int64)
         seen["time_s"], seen["reward"] = numbers[:, 2] / 1000.0, rewards
+        if self.adviser is not None:
+            seen["advice"] = np.empty((count, 2), np.int64)
+            self.adviser(self.episodes, seen["advice"])
         over = np.flatnonzero(counts[:, 3] == 0).tolist()
         for i in over if self.observations else ():
             for name in (*flat, "committable", "source"):

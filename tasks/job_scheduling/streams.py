@@ -50,17 +50,23 @@ def below(twister, count):  # type: ignore[no-untyped-def]
     return drawn
 
 
-@inlined
-def counted(episode):  # type: ignore[no-untyped-def]
-    """Number in [0, 1) that depends on the episode's seed and how many were drawn (SplitMix64, Steele et al. 2014)."""
-    glob = episode.glob
-    z = np.uint64(glob[SEED]) * np.uint64(0xD1342543DE82EF95) + np.uint64(glob[DRAWS]) * np.uint64(0x9E3779B97F4A7C15)
-    glob[DRAWS] += 1
+@kernel
+def uniform_of(seed, draw):  # type: ignore[no-untyped-def]
+    """Number in [0, 1) that depends on a seed and a number only (SplitMix64, Steele et al. 2014)."""
+    z = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(draw) * np.uint64(0x9E3779B97F4A7C15)
     for _ in range(2):  # one round leaves consecutive seeds correlated
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return float(z >> np.uint64(11)) / 9007199254740992.0
+
+
+@inlined
+def counted(episode):  # type: ignore[no-untyped-def]
+    """Next number in [0, 1) of an episode's own stream."""
+    glob = episode.glob
+    glob[DRAWS] += 1
+    return uniform_of(glob[SEED], glob[DRAWS] - 1)
 
 
 @kernel
