@@ -20,11 +20,18 @@ class Work:
         unit: What a piece is, in the plural, such as ``steps``.
         run: Does some pieces and returns how many; it is called again and again.
         beside: Name of the work that it is compared with, measured in turn with it; null for none.
+        known: Pieces a second of a program that is not here, as measured elsewhere; nothing is run then.
     """
 
     unit: str
     run: Callable[[], float]
     beside: str | None = None
+    known: float | None = None
+
+
+def known(unit: str, per_s: float) -> Work:
+    """Something that is compared with, but was measured elsewhere."""
+    return Work(unit, lambda: 0.0, known=per_s)
 
 
 def synchronise() -> None:
@@ -72,19 +79,23 @@ def measure(works: Mapping[str, Work], repeats: int, least_s: float) -> dict[str
         least_s: A measurement runs a work until that many seconds have passed, and at least once.
 
     Returns:
-        ``<unit>_per_s`` and its range, by name.
+        ``<unit>_per_s`` and its range, by name; no range of what is known.
     """
-    for work in works.values():
+    run = {name: work for name, work in works.items() if work.known is None}
+    for work in run.values():
         work.run()
-    rates: dict[str, list[float]] = {name: [] for name in works}
+    rates: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(repeats):
-        for name, work in works.items():
+        for name, work in run.items():
             start, pieces, seconds = now(), 0.0, 0.0
             while not pieces or seconds < least_s:
                 pieces += work.run()
                 seconds = now() - start
             rates[name].append(pieces / seconds)
-    return {name: rate(rates[name], works[name].unit) for name in works}
+    return {
+        name: rate(rates[name], work.unit) if work.known is None else {f"{work.unit}_per_s": work.known}
+        for name, work in works.items()
+    }
 
 
 def ratio(entries: Mapping[str, Any], of: str, to: str) -> Entry:
