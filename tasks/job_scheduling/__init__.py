@@ -2,7 +2,8 @@
 
 from tasks.job_scheduling import fetching as _fetching  # registers the public data set
 from tasks.job_scheduling.data import JobSchedulingData
+from tasks.job_scheduling.learned_baselines import Decima
 
-__all__ = ["JobSchedulingData"]
+__all__ = ["Decima", "JobSchedulingData"]
 
 del _fetching
