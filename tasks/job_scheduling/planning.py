@@ -162,7 +162,7 @@ class Planner:
 
     def __init__(self, lookahead: Lookahead | None = None, threads: int | None = None) -> None:
         self.lookahead = lookahead or Lookahead()
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or len(os.sched_getaffinity(0))
 
     def watch(self, env: Simulator) -> None:
         """Get to know the simulator."""
