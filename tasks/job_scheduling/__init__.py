@@ -2,8 +2,10 @@
 
 from tasks.job_scheduling import fetching as _fetching  # registers the public data set
 from tasks.job_scheduling.data import JobSchedulingData
+from tasks.job_scheduling.graph_scheduler import GraphScheduler
 from tasks.job_scheduling.learned_baselines import Decima
+from tasks.job_scheduling.task import JobScheduling
 
-__all__ = ["Decima", "JobSchedulingData"]
+__all__ = ["Decima", "GraphScheduler", "JobScheduling", "JobSchedulingData"]
 
 del _fetching
