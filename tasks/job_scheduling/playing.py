@@ -19,7 +19,6 @@ from netllm_pl.rollout import Array, Observations, rollout
 from tasks.job_scheduling.decima import READ, DecimaNet, DecimaPolicy
 from tasks.job_scheduling.simulator import Simulator
 
-KEPT = (*READ, "jobs")
 Floats = npt.NDArray[np.float64]
 
 
@@ -80,7 +79,7 @@ def play(net: DecimaNet, env: Simulator, seeds: Sequence[int], draws: Sequence[i
     played = rollout(env, player, seeds, record=True)
     taken = played.alive.T
     columns: dict[str, Array] = {"action": played.actions.swapaxes(0, 1)[taken].astype(np.int16)}
-    for name in KEPT:
+    for name in READ:
         values = played.observations[name].T[taken]
         columns[name] = np.concatenate(list(values))
         columns[name + LENGTH] = np.fromiter(map(len, values), np.int64, len(values))
