@@ -34,9 +34,9 @@ from tasks.job_scheduling.state import (
 )  # fmt: skip
 
 BY_WORK, DIVIDE, EXPONENT, SCALE, MOST, COUNT_SATURATED, KEEP, SPILL = range(8)
-KEEPS = ("none", "share", "all")
-"""What `KEEP` numbers."""
 """Entries of a scheme's parameters."""
+KEEPS = ("none", "share", "all")
+"""What the parameter `KEEP` numbers."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def first_choices(ep, first):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def choose(ep, scheme):  # type: ignore[no-untyped-def]
-    """Decide by a scheme: choice and executors."""
+    """Decide by a scheme; return the number of the choice, or NONE, and executors."""
     active, executors, free = ep.glob[ACTIVE], len(ep.executors), committable(ep)
     source = pool_job(ep, ep.glob[SOURCE])
     work, share, first = np.empty(active), np.empty(active), np.full(active, NONE)
@@ -148,7 +148,7 @@ def choose(ep, scheme):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def choose_all(episodes, scheme, actions):  # type: ignore[no-untyped-def]
-    """Decide in every episode that is not over; actions (N, 2)."""
+    """Decide in every episode; actions (N, 2) of those that are over are NONE and 1."""
     for i in range(len(actions)):
         ep = pick(episodes, i)
         actions[i] = (NONE, 1)

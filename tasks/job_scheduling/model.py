@@ -22,7 +22,7 @@ from netllm_pl.ragged import LENGTH, group_of, real_of
 COLUMNS = ("nodes", "extra", "edges", "job_nodes", "jobs", "caps", "stages", "limits", "committable", "advice")
 """Columns of the observation that are read."""
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
-"""Executors that may be chosen: parts of those that a stage can use; and what the advice says."""
+"""Executors that may be chosen: these parts of those that a stage can use, and what the advice says."""
 NODE_FEATURES, JOB_FEATURES, COUNT_FEATURES = 13, 14, 9
 GAIN, HUBER = 30.0, 3.0
 """Job-seconds: gains over the advice are cut at the first; errors up to the second are squared."""
@@ -30,6 +30,8 @@ SCALE = 5.0
 """Job-seconds that a score of 1 stands for."""
 TEMPERATURE = 1.0
 """Job-seconds: candidates so much worse than the best are e times less likely in the target of the softmax."""
+UNREACHABLE = -1e4
+"""Score of stages behind the end of a fixed list; they are neither chosen nor learned."""
 
 
 class State(NamedTuple):
@@ -85,18 +87,18 @@ def job_features(batch: Batch, graphs: Graphs) -> Tensor:
     jobs = batch["jobs"].float()
     work, unstarted = jobs[:, 4], jobs[:, 7] > 0
     group, groups = graphs.group, graphs.groups
-    order = torch.argsort(group * 1e7 + work.clamp_max(9e6).double())
+    order = torch.argsort(group * 1e7 + work.clamp_max(9e6).double(), stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
     counts = batch["job_nodes" + LENGTH].flatten()
     rank = place - (counts.cumsum(0) - counts)[group]  # 0 is the job with the least work left
     waiting = torch.zeros(groups, device=work.device).index_add(0, group, unstarted.float())[group].clamp_min(1)
-    executors = _executors(batch, graphs)[group]
+    executors = _all_executors(batch, graphs)[group]
     told = [jobs[:, 0] * waiting / executors, 1 / (1 + rank.float()), rank.float() / counts[group], waiting / 20]
     return torch.cat([torch.log1p(jobs.clamp_min(0)) / 3, torch.stack(told, dim=1)], dim=1)
 
 
-def _executors(batch: Batch, graphs: Graphs) -> Tensor:
+def _all_executors(batch: Batch, graphs: Graphs) -> Tensor:
     """Executors of the cluster (G,): some job may get some of them, and its first feature says which part that is."""
     first, caps = batch["nodes"].float()[graphs.first_nodes, 0], batch["caps"].float()
     found = torch.where(first > 0, caps / first.clamp_min(1e-6), torch.zeros_like(caps))
@@ -108,7 +110,8 @@ class Scores(NamedTuple):
     """Scores of candidates.
 
     Attributes:
-        grid: (B, W, K, L) every schedulable stage with each of `SHARES`; impossible behind the last stage.
+        grid: (B, W, K, L) every schedulable stage with each of `SHARES` and the advice; `IMPOSSIBLE` behind the last
+            stage, near `UNREACHABLE` behind the end of a fixed list.
         tried: (B, W, C) the candidates of the batch's column ``values``; none if it has no such column.
     """
 
@@ -122,7 +125,8 @@ class CandidateHead(nn.Module):
     Args:
         d_hidden: Size of a hidden state.
         width: Size of hidden vectors.
-        most: Place of the stage in the list of so many, in place of a pointer, as published; None points.
+        most: As published, scores belong to places in a list of so many stages, and later stages cannot be chosen;
+            None scores the stages' own states, in any number.
     """
 
     def __init__(self, d_hidden: int, width: int = 128, most: int | None = None) -> None:
@@ -136,7 +140,12 @@ class CandidateHead(nn.Module):
         self.last = nn.Sequential(nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
 
     def forward(self, hidden: Tensor, batch: Batch) -> Scores:
-        """Score the candidates of every step; hidden (B, W, K + 1, d_hidden): the stages' states, and the deciding one."""
+        """Score the candidates of every step.
+
+        Args:
+            hidden: (B, W, K + 1, d_hidden) states of the stages, and the deciding one.
+            batch: The observations; with the column ``values``, its candidates are scored, too.
+        """
         stages, whole = hidden[:, :, :-1], hidden[:, :, -1:]
         lengths = batch["stages" + LENGTH]
         size = stages.shape[2]
@@ -164,7 +173,7 @@ class CandidateHead(nn.Module):
             return pointed.masked_fill(~real, 0.0)
         assert self.places is not None and self.most is not None
         places: Tensor = self.places(whole.squeeze(2))
-        return F.pad(places, (0, max(0, stages.shape[2] - self.most)), value=-1e4)[..., : stages.shape[2]]
+        return F.pad(places, (0, max(0, stages.shape[2] - self.most)), value=UNREACHABLE)[..., : stages.shape[2]]
 
     def _executors(self, told: Tensor, counts: Tensor, about: Tensor) -> Tensor:
         """Score numbers of executors (..., L) of stages (..., 1, width); about (..., 1, 5) as `_about` tells."""
@@ -179,7 +188,10 @@ class CandidateHead(nn.Module):
 
 
 def _about(batch: Batch, lengths: Tensor, size: int) -> Tensor:
-    """What executors of stages are compared with (B, W, K, 5): limit, those to assign, the job's, 1 / all, the advice."""
+    """What numbers of executors are compared with (B, W, K, 5).
+
+    The most that the stage can use, those to assign, those of its job, 1 / all, and those of the advice.
+    """
     graphs = pack_graphs(batch)
     owner = graphs.job[graphs.numbers(batch["stages"], lengths.flatten())]
     group = group_of(lengths.flatten(), len(owner))
@@ -188,10 +200,11 @@ def _about(batch: Batch, lengths: Tensor, size: int) -> Tensor:
         batch["committable"].flatten()[group].float(),
         # Executors of the source are counted already.
         batch["jobs"].float()[owner, 0] - batch["jobs"].float()[owner, 3] * batch["committable"].flatten()[group],
-        1 / _executors(batch, graphs)[group],
+        1 / _all_executors(batch, graphs)[group],
         _advised(batch, lengths),
     ]
-    return padded(torch.stack(columns, dim=-1), lengths.flatten(), size).values.unflatten(0, lengths.shape)
+    about: Tensor = padded(torch.stack(columns, dim=-1), lengths.flatten(), size).values.unflatten(0, lengths.shape)
+    return about
 
 
 def _advised(batch: Batch, lengths: Tensor) -> Tensor:
@@ -217,7 +230,8 @@ def _counts(batch: Batch, limits: Tensor) -> Tensor:
 def _limits(batch: Batch, size: int) -> Tensor:
     """Most executors of each schedulable stage (B, W, K)."""
     lengths = batch["stages" + LENGTH]
-    return padded(batch["limits"].float(), lengths.flatten(), size).values.unflatten(0, lengths.shape)
+    limits: Tensor = padded(batch["limits"].float(), lengths.flatten(), size).values.unflatten(0, lengths.shape)
+    return limits
 
 
 def _gather(values: Tensor, number: Tensor) -> Tensor:
@@ -238,16 +252,29 @@ def loss(scores: Scores, batch: Batch, objective: Objective) -> Tensor:
     real = batch["mask"]
     if objective == "imitation":
         target, known = _taken(scores, batch)
-        return F.cross_entropy(scores.grid.flatten(2)[real & known], target[real & known])
+        grid = scores.grid.flatten(2)
+        known = known & real & _reachable(grid.gather(-1, target[..., None])[..., 0])
+        return _mean(F.cross_entropy(grid[known], target[known], reduction="none"))
     values, known = known_values(batch)
     known = known & real[..., None] & (batch["advice"][..., :1] >= 0)
+    known = known & _reachable(scores.tried) & _reachable(scores.tried[..., :1])
     gains = (values - values[..., :1]).clamp(-GAIN, GAIN)  # the first candidate is the advice
     found = SCALE * (scores.tried - scores.tried[..., :1])
-    errors = F.smooth_l1_loss(found[known], gains[known], beta=HUBER)
+    errors = _mean(F.smooth_l1_loss(found[known], gains[known], beta=HUBER, reduction="none"))
     wanted = (gains / TEMPERATURE).masked_fill(~known, IMPOSSIBLE).softmax(-1)
     drawn = (found / TEMPERATURE).masked_fill(~known, IMPOSSIBLE).log_softmax(-1)
     several = real & (known.sum(-1) > 1)
-    return errors - (wanted * drawn.masked_fill(~known, 0.0)).sum(-1)[several].mean()
+    return errors - _mean((wanted * drawn.masked_fill(~known, 0.0)).sum(-1)[several])
+
+
+def _reachable(scores: Tensor) -> Tensor:
+    """Which scores are those of stages that can be chosen."""
+    return scores > UNREACHABLE / 2
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean of values (R,); 0 if there are none: a batch may hold no step with anything to learn."""
+    return values.sum() / max(1, len(values))
 
 
 def known_values(batch: Batch) -> tuple[Tensor, Tensor]:

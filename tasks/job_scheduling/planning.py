@@ -1,4 +1,4 @@
-"""Looks ahead in the simulator: a hand-written scheduler goes on after each candidate decision, in a copy of the episode.
+"""Looks ahead: a hand-written scheduler goes on after each candidate decision, in a copy of the episode.
 
 The copy knows what a scheduler can know: no job arrives in it that has not arrived yet, and tasks take the median of
 their profiles. Rollouts as policy improvement: Bertsekas, Tsitsiklis and Wu (1997). Shapes: N episodes, C candidates.
@@ -56,8 +56,8 @@ class Lookahead:
 
 
 @njit(cache=True)
-def copy(ep, to, arrivals):  # type: ignore[no-untyped-def]
-    """Copy an episode; without arrivals, no more jobs will come in the copy."""
+def copy(ep, to):  # type: ignore[no-untyped-def]
+    """Copy what an episode without random draws goes on from; no more jobs will come in the copy."""
     to.glob[:] = ep.glob
     to.clock[:] = ep.clock
     to.jobs[:] = ep.jobs
@@ -71,12 +71,11 @@ def copy(ep, to, arrivals):  # type: ignore[no-untyped-def]
     to.pools[:] = ep.pools
     to.commitments[:] = ep.commitments
     to.choices[:] = ep.choices
-    if not arrivals:
-        to.times[ep.glob[ARRIVED] :, ARRIVAL] = np.inf
+    to.times[ep.glob[ARRIVED] :, ARRIVAL] = np.inf
 
 
 @njit(cache=True)
-def left(ep, until):  # type: ignore[no-untyped-def]
+def left(ep):  # type: ignore[no-untyped-def]
     """Estimate the time that active jobs still spend in the system, ms: one after the other, the shortest first."""
     active = ep.glob[ACTIVE]
     work = np.empty(active)
@@ -91,8 +90,8 @@ def left(ep, until):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-def]
-    """Time that the active jobs spend in the system after a decision, job-milliseconds, without later ones."""
-    copy(ep, to, False)
+    """Time that the active jobs, not later ones, spend in the system from a decision on, job-milliseconds."""
+    copy(ep, to)
     now = ep.clock[0]
     until = now + horizon
     going = act(to, plan, k, count, until)
@@ -102,12 +101,12 @@ def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-de
     total = 0.0
     for a in range(ep.glob[ACTIVE]):
         total += min(to.times[ep.active[a], COMPLETED], until) - now
-    return total + left(to, until)
+    return total + left(to)
 
 
 @njit(cache=True)
 def _append(ep, k, executors, out, count):  # type: ignore[no-untyped-def]
-    """Add a candidate unless it is there; return how many there are."""
+    """Add a candidate unless one that does the same is there; return how many there are."""
     for c in range(count):
         useful = NONE if out[c, 0] == NONE else min(out[c, 1], demand(ep, ep.choices[out[c, 0]]))
         if out[c, 0] == k and useful == executors:
@@ -158,6 +157,7 @@ class Planner:
 
     Args:
         lookahead: How it looks ahead.
+        threads: Threads that share the episodes; null takes the cores that the process may use.
     """
 
     def __init__(self, lookahead: Lookahead | None = None, threads: int | None = None) -> None:
@@ -200,8 +200,8 @@ class Planner:
     def act(self, observations: Observations) -> npt.NDArray[np.int64]:
         """Return stage and executors (N, 2)."""
         tried, costs, counts = self.look()
-        costs = np.where(np.arange(costs.shape[1]) < counts[:, None], costs, np.inf)
         costs[:, 0] *= 1 - self.lookahead.margin
+        costs = np.where(np.arange(costs.shape[1]) < counts[:, None], costs, np.inf)
         best: Ints = tried[np.arange(len(tried)), costs.argmin(1)]
         return best
 

@@ -97,7 +97,7 @@ class JobScheduling(DecisionTask):
         return model.choose(scores, batch, pick(scores.grid.flatten(2), generator))
 
     def action_tokens(self, batch: Batch, state: StepTokens) -> Tensor:
-        """The chosen stage's token, with the number of executors added; zero stages for none."""
+        """The chosen stage's token, with the number of executors added; with none chosen, the first's and a mark."""
         assert self.taken is not None
         number, count = batch["action"].unbind(-1)
         index = number.clamp_min(0)[..., None, None].expand(*number.shape, 1, state.values.shape[-1])
