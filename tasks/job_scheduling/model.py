@@ -112,7 +112,8 @@ class Scores(NamedTuple):
     Attributes:
         grid: (B, W, K, L) every schedulable stage with each of `SHARES` and the advice; `IMPOSSIBLE` behind the last
             stage, near `UNREACHABLE` behind the end of a fixed list.
-        tried: (B, W, C) the candidates of the batch's column ``values``; none if it has no such column.
+        tried: (B, W, C) the candidates of the batch's column ``values``, `IMPOSSIBLE` behind the last; none if there is
+            no such column.
     """
 
     grid: Tensor
@@ -163,7 +164,8 @@ class CandidateHead(nn.Module):
         number, executors = tried[..., 0].long().clamp_min(0), tried[..., 1:2]
         point, stage, told_of = (_gather(part, number) for part in (points[..., None], told, about))
         sized = self._executors(stage[..., None, :], executors, told_of[..., None, :])
-        return Scores(grid, (point + sized)[..., 0].float())
+        there = real_of(batch["values" + LENGTH], tried.shape[2])
+        return Scores(grid, (point + sized)[..., 0].float().masked_fill(~there, IMPOSSIBLE))
 
     def _points(self, stages: Tensor, whole: Tensor, real: Tensor) -> Tensor:
         """Score stages (B, W, K)."""
