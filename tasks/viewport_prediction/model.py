@@ -113,7 +113,8 @@ class ViewportModel(NetTask):
     @abstractmethod
     def extrapolate(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees; by the language model if a task does not say otherwise."""
-        return super().forward(batch)
+        predicted: Tensor = super().forward(batch)
+        return predicted
 
     def forward(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees; outside training, with `mirror_average`, as the mean of two views."""
