@@ -24,8 +24,25 @@ from tasks.adaptive_bitrate import AdaptiveBitrateData
 from tasks.adaptive_bitrate.baselines import PENSIEVES as PUBLISHED
 from tasks.adaptive_bitrate.simulator import Rules
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
+from tasks.job_scheduling import JobSchedulingData
+from tasks.job_scheduling.simulator import Rules as ClusterRules
+from tasks.job_scheduling.synthetic import SyntheticWorkload
 from tasks.viewport_prediction import ViewportPredictionData
 from tasks.viewport_prediction.synthetic import Synthetic
+
+
+def scheduling(experience: Experience | None) -> JobSchedulingData:
+    return JobSchedulingData(
+        synthetic=SyntheticWorkload(queries=3, sizes=("2g", "5g")),
+        rules=ClusterRules(jobs=4, executors=8, arrival_rate=2e-4),
+        test_seeds=[1, 2],
+        valid_seeds=[11],
+        experience=experience,
+        window=3,
+        batch_size=2,
+        sessions=4,
+    )
+
 
 SMALL: dict[str, Callable[[], NetDataModule]] = {
     "ViewportPredictionData": lambda: ViewportPredictionData(
@@ -43,6 +60,10 @@ SMALL: dict[str, Callable[[], NetDataModule]] = {
     "Pensieve": lambda: AdaptiveBitrateData(
         synthetic=SyntheticTraces(traces=3, duration_s=60), experience=None, rules=Rules(chunks=6), batch_size=2
     ),
+    "JobSchedulingData": lambda: scheduling(
+        Experience(policies="srpt_fair,fair", episodes=2, eval_episodes=1, values="lookahead")
+    ),
+    "Decima": lambda: scheduling(None),
 }
 """Small data of every data module, and of tasks that need it otherwise; a new task adds its own here."""
 
@@ -105,7 +126,7 @@ def test_tasks_keep_the_contract_on_other_backbones(architecture: str) -> None:
     ("data", "name"), [(cls.__name__, name) for cls in of_tasks(NetDataModule) for name in cls.baselines]
 )
 def test_every_baseline_keeps_the_contract(data: str, name: str) -> None:
-    if name.startswith(PUBLISHED):
+    if name.startswith((*PUBLISHED, "decima")):
         weights = Path(__file__).parents[2] / "shared" / "weights"
         if not weights.is_dir():
             pytest.skip(f"no published weights in {weights}")
