@@ -19,7 +19,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.heads import ChoiceHead
 from netllm_pl.ragged import LENGTH, join_steps
 from netllm_pl.rollout import Array, Observations
-from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, visible
+from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, pack, visible
 from netllm_pl.task import OptimizerConfig, Prompt, each_tensor
 
 
@@ -136,7 +136,10 @@ class DecisionTask(OfflineTask):
         # The model's own causal mask will do if all steps are seen.
         alike = line.real is None and not state.both_ways and steps <= self.context
         answers = (torch.arange(steps, device=own.device)[:, None] * (len(line) // steps) + own).flatten()
-        return Prompt(line.values, answers, None if alike else visible(line, line, self.context), line.positions)
+        if line.real is None:
+            return Prompt(line.values, answers, None if alike else visible(line, line, self.context), line.positions)
+        packed = pack(line, self.context)
+        return Prompt(packed.values, answers, packed.seen, packed.positions, packed.places)
 
     def answer(self, hidden: Tensor, batch: Batch) -> Any:
         """Score the choices at every step."""

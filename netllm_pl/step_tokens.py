@@ -184,6 +184,72 @@ def visible(new: Line, line: Line, context: int) -> Tensor:
     return (seen & line.real[:, None, None]) | own
 
 
+class Packed(NamedTuple):
+    """Sequences of different lengths side by side in fewer rows: R rows of P tokens.
+
+    Attributes:
+        values: (R, P, d_model) float, zero behind the last token of a row.
+        seen: (R, 1, P, P) bool, which tokens each token sees: those of its own sequence that `visible` allows.
+        positions: (R, P) int64.
+        places: (B, T) int64 where each token lies among the R P; padding lies anywhere.
+    """
+
+    values: Tensor
+    seen: Tensor
+    positions: Tensor
+    places: Tensor
+
+
+def pack(line: Line, context: int, least: int = 32) -> Packed:
+    """Leave out padding, and put sequences next to each other that do not see each other.
+
+    Args:
+        line: Tokens, of which some are padding.
+        context: Steps that a token sees, its own included.
+        least: Rows are as long as the longest sequence, and at least so long: short ones find place side by side.
+    """
+    assert line.real is not None
+    lengths = line.real.sum(1)
+    counts = lengths.tolist()
+    size = max(least, *counts)
+    row, start = torch.tensor(fill(counts, size), device=lengths.device)
+    places = (row * size + start)[:, None] + (line.real.cumsum(1) - 1).clamp_min(0)
+    where, total = places[line.real], (int(row.max()) + 1) * size
+
+    def moved(values: Tensor, empty: int = 0) -> Tensor:
+        laid = values.new_full((total, *values.shape[2:]), empty).index_put((where,), values[line.real])
+        rows: Tensor = laid.unflatten(0, (-1, size))
+        return rows
+
+    shape = line.real.shape
+    owners = moved(torch.arange(shape[0], device=lengths.device)[:, None].expand(shape), -1)
+    steps, ranks = moved(line.steps.expand(shape)), moved(line.ranks.expand(shape))
+    ahead = steps[:, :, None] - steps[:, None]
+    seen = (ahead > 0) | ((ahead == 0) & (ranks[:, None] <= ranks[:, :, None]))
+    seen = seen & (ahead < context) & (owners[:, :, None] == owners[:, None])
+    return Packed(moved(line.values), seen[:, None], moved(line.positions), places)
+
+
+def fill(lengths: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+    """Put sequences into rows, the longest first, each where it leaves the least room (best fit).
+
+    Returns:
+        Row of each sequence, and where in its row it begins.
+    """
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]
+    count = 0
+    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        length = lengths[number]
+        room = next((room for room in range(length, size) if with_room[room]), size)
+        if room == size:
+            with_room[size].append(count)
+            count += 1
+        rows[number], starts[number] = with_room[room].pop(), size - room
+        with_room[room - length].append(rows[number])
+    return rows, starts
+
+
 def _join(masks: Sequence[Tensor | None], values: Sequence[Tensor], dim: int) -> Tensor | None:
     """Join masks where at least one says anything."""
     if all(mask is None for mask in masks):

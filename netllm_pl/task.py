@@ -30,12 +30,15 @@ class Prompt(NamedTuple):
         mask: (B, T) bool, True at real tokens; or (B or 1, 1, T, T) bool, which tokens each one sees; None if all are
             real and each sees all earlier ones.
         positions: (B, T) int64 place of each token in its sequence; None counts from the first one.
+        places: (samples, K) int64 where the K tokens of each sample lie among the B T, of which ``answers`` then are
+            some; None if each sample has a row of its own.
     """
 
     tokens: Tensor
     answers: Tensor
     mask: Tensor | None = None
     positions: Tensor | None = None
+    places: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ class NetTask(pl.LightningModule, ABC):
             raise UserError(f"{type(self).__name__} needs a backbone; set model.backbone.name")
         prompt = self.encode(batch)
         hidden = self.backbone(prompt.tokens, prompt.mask, positions=prompt.positions)
+        if prompt.places is not None:
+            hidden = hidden.flatten(0, 1)[prompt.places]
         return self.answer(hidden[:, prompt.answers], batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

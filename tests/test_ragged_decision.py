@@ -21,7 +21,7 @@ from netllm_pl.heads import IMPOSSIBLE
 from netllm_pl.ragged import select
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Array, Observations, Rollout, rollout
-from netllm_pl.step_tokens import Part, StepTokens, TokenSet, join_tokens, lay_out, visible
+from netllm_pl.step_tokens import Part, StepTokens, TokenSet, fill, join_tokens, lay_out, visible
 from netllm_pl.testing import check_environment, check_policy, check_task, tiny_backbone
 from netllm_pl.toy import BestCandidate, CandidateData, Candidates, CandidateScores, CandidateTask, hidden_values
 
@@ -137,7 +137,7 @@ def test_attention_implementations_agree() -> None:
 
 
 def test_a_context_of_one_runs_each_step_alone() -> None:
-    """In training the steps are rows of a batch; in use nothing but the step's own tokens is run."""
+    """Nothing but the step's own tokens is run, those of several episodes side by side in few rows."""
     task = make(**ALL)
     assert task.backbone is not None
     shapes: list[Any] = []
@@ -145,12 +145,27 @@ def test_a_context_of_one_runs_each_step_alone() -> None:
         lambda _, args, named: shapes.append(args[0].shape), with_kwargs=True
     )
     play(task)
-    assert {shape[0] for shape in shapes} == {5} and max(shape[1] for shape in shapes) == 1 + MOST + 1
+    assert {shape[1] for shape in shapes} == {32} and max(shape[0] for shape in shapes) == 2
     hook.remove()
     batch = task.observe(ENV.reset(SEEDS), 3) | {"return_to_go": torch.zeros(5, 1)}
     prompt = task.encode(batch)
-    assert prompt.tokens.shape[0] == 5 and prompt.positions is not None
-    assert prompt.positions[:, -1].unique().tolist() == [2], "places do not depend on the step, nor on how many tokens"
+    assert prompt.places is not None and prompt.places.shape[0] == 5 and prompt.positions is not None
+    deciding = prompt.positions.flatten()[prompt.places[:, -1]]
+    assert deciding.unique().tolist() == [2], "places do not depend on the step, nor on how many tokens"
+
+
+def test_sequences_fill_rows() -> None:
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 32):
+        for count in (1, 5, 300):
+            lengths = rng.integers(1, size + 1, count).tolist()
+            rows, starts = fill(lengths, size)
+            used = np.zeros((max(rows) + 1, size), int)
+            for row, start, length in zip(rows, starts, lengths, strict=True):
+                assert start + length <= size
+                used[row, start : start + length] += 1
+            assert used.max() == 1 and used.any(1).all(), "no two share a place, no row is empty"
+            assert len(used) <= 11 / 9 * sum(lengths) / size + 2, "as few rows as best fit promises"
 
 
 # What a decision depends on -------------------------------------------------------------------------------------------
