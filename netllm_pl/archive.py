@@ -1,14 +1,16 @@
 """Picks files out of public archives: download with a progress bar, then only the members that are asked for."""
 
 import gzip
+import math
 import re
 import shutil
-import sys
 import tarfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 from netllm_pl.errors import UserError
+from netllm_pl.progress import Advance, progress
 
 
 def download(url: str, file: Path) -> None:
@@ -23,14 +25,42 @@ def download(url: str, file: Path) -> None:
     import pooch  # both take half a second to import
     import requests
 
-    bring = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=60)
     try:
-        bring(url, str(file), None)
+        with ExitStack() as stack:
+            pooch.HTTPDownloader(progressbar=_Megabytes(url, stack), timeout=60)(url, str(file), None)
     except (requests.RequestException, OSError, ValueError) as error:
         raise UserError(
             f"cannot download {url}: {_first_line(error)}\n"
             "Go online, or name a mirror or a copy of the archive on this machine with --url."
         ) from error
+
+
+class _Megabytes:
+    """What pooch tells of a download that goes on.
+
+    Args:
+        url: What is downloaded.
+        stack: Takes the bar, which is shown when the length is known.
+    """
+
+    def __init__(self, url: str, stack: ExitStack) -> None:
+        self.total = 0  # bytes; pooch sets it, to 0 where the server does not tell, as GitHub's does not
+        self._text, self._stack, self._over = f"MB of {url.rpartition('/')[2]}", stack, False
+        self._advance: Advance | None = None
+
+    def update(self, amount: int) -> None:
+        """Count bytes."""
+        if self._advance is None:
+            self._advance = self._stack.enter_context(progress(self._text, self.total / 1e6 or math.inf))
+        if not self._over:
+            self._advance(amount / 1e6)
+
+    def reset(self) -> None:
+        """End: pooch then tells the whole once more."""
+        self._over = True
+
+    def close(self) -> None:
+        """Leave what is shown to whoever shows it."""
 
 
 def pick_members(archive: Path, wanted: re.Pattern[str], folder: Path) -> int:

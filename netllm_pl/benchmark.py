@@ -19,7 +19,7 @@ from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
 from netllm_pl.machine import can_write, ceilings, environment
 from netllm_pl.paths import atomic
-from netllm_pl.progress import status
+from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.speed import decisions, many_episodes, predictions, training
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, measure, ratio
@@ -87,7 +87,8 @@ def run(
     found["ratios"] = ratios(found, works)
     with atomic(out) as temporary:
         temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-    print_table(found)
+    if not is_quiet():
+        print_table(found)
     print(f"wrote {out}")
     return found
 
@@ -148,7 +149,7 @@ def leaves(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 def print_table(found: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the medians and, below, the ratios."""
-    console = console or Console()
+    console = console or output()
     about = found["environment"]
     table = Table(title=f"{about['device']}, torch {about['torch']}, threads: {about['torch_threads']}")
     table.add_column("measured", no_wrap=True)

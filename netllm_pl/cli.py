@@ -1,12 +1,17 @@
 """The front door: looks at the first word and imports only what that command needs."""
 
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.progress import set_quiet
 
-USAGE = """usage: python -m netllm_pl COMMAND [options]     (each command has --help; --debug shows tracebacks)
+USAGE = """usage: python -m netllm_pl COMMAND [options]     (each command has --help)
+       --quiet prints errors and where the result is, and nothing else; --debug shows tracebacks
 
 train and run, configured by YAML and --key value
   fit        train a task or a learned baseline, then print its table
@@ -52,8 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: with 2 after a mistake of the user, 1 after any other failure; each prints one or two lines.
     """
     words = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    debug, quiet = "--debug" in words, "--quiet" in words
+    words = [word for word in words if word not in ("--debug", "--quiet")]
     # With busy neighbours, OpenMP threads that spin while they wait slow small operations down by a factor of 100.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not words or words[0] in ("-h", "--help"):
@@ -67,7 +72,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], COMMANDS)
-        COMMANDS[words[0]](words[0], words[1:])
+        with _silence(quiet):
+            COMMANDS[words[0]](words[0], words[1:])
     except UserError as error:
         if debug:
             raise
@@ -79,6 +85,22 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         first = (str(error).strip() or "no message").split("\n")[0]
         _fail(f"error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
+
+
+@contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Let nothing but errors and results through, if quiet."""
+    set_quiet(quiet)
+    if not quiet:
+        yield
+        return
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            logging.disable(logging.WARNING)
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        set_quiet(False)
 
 
 def _fail(message: str, code: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from netllm_pl.errors import UserError
 from netllm_pl.pool_format import MANIFEST, PoolWriter
-from netllm_pl.progress import status
+from netllm_pl.progress import progress, status
 from netllm_pl.rollout import Array, Environment, Observations, Policy, acting, rollout
 
 if TYPE_CHECKING:
@@ -129,14 +129,14 @@ def collect(
     if values is not None:
         env = data.label(env, values)
     turns = _turns(list(shares.values()), episodes)
-    with PoolWriter(out, type(data).__name__, made_by, keep_existing) as writer:
+    kept = PoolWriter(out, type(data).__name__, made_by, keep_existing)
+    with kept as writer, progress("episodes recorded", episodes) as advance:
         for start in range(0, episodes, parallel):
             turn = turns[start : start + parallel]
-            with status(f"episode {start + 1} to {start + len(turn)} of {episodes}"):
-                for number, name in enumerate(shares):
-                    seeds = seed * 2**32 + start + np.nonzero(turn == number)[0]
-                    if seeds.size:
-                        writer.add(rollout(env, policies[name], seeds.tolist(), record=True), name, seeds)
+            for number, name in enumerate(shares):
+                seeds = seed * 2**32 + start + np.nonzero(turn == number)[0]
+                if seeds.size:
+                    writer.add(rollout(env, policies[name], seeds.tolist(), True, advance), name, seeds)
 
 
 def convert(data: "NetDataModule", file: Path, out: Path, policy: str = "published") -> None:

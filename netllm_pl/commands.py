@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import Parser
+from netllm_pl.progress import say
 
 UNUSED = ("trainer", "ckpt_path", "weights_only", "run_dir", "save_every")
 """Parts of a config of `fit` of which other commands build nothing."""
@@ -55,7 +56,10 @@ def collect(args: list[str]) -> None:
     else:
         options = {name: config[name] for name in ("explore", "split", "values", "seed", "parallel")}
         collecting.collect(data, collecting.parse_mixture(config.policy), config.episodes, config.out, **options)
-    print(collecting.summary(config.out))
+    *policies, written = collecting.summary(config.out).splitlines()
+    for line in policies:
+        say(line)
+    print(written)
 
 
 def benchmark(args: list[str]) -> None:

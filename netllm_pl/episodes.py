@@ -14,6 +14,7 @@ import torch
 from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.experience import Pool, Together, Windows, read_pool
+from netllm_pl.progress import progress
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.rollout import Rollout, acting, rollout
 
@@ -140,9 +141,10 @@ class DecisionData(NetDataModule):
         # What is told of the episodes is told by the simulator, which knows those that it played last.
         size = 1 if getattr(chosen, "sequential", False) else self.eval_batch_size
         parts = []
-        for start in range(0, len(numbers), size):
-            some = numbers[start : start + size]
-            parts.append(self.report(rollout(env, chosen, some), env, some, steps))
+        with progress("episodes", len(numbers)) as advance:
+            for start in range(0, len(numbers), size):
+                some = numbers[start : start + size]
+                parts.append(self.report(rollout(env, chosen, some, advance=advance), env, some, steps))
         return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
 
 

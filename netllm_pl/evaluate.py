@@ -1,7 +1,7 @@
 """Compares policies on the same episodes: runs them, writes the results, prints one table."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from netllm_pl.bootstrap import Metric, compare_pairs, summarise
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
-from netllm_pl.progress import status
+from netllm_pl.progress import is_quiet, output, status
 
 __all__ = ["Evaluable", "Metric", "compare_pairs", "print_table", "run", "summarise", "write_results"]
 
@@ -42,7 +42,13 @@ class Evaluable(Protocol):
 
 
 def run(
-    data: Evaluable, policies: Sequence[str], out: Path, resamples: int = 2000, seed: int = 0, steps: bool = False
+    data: Evaluable,
+    policies: Sequence[str],
+    out: Path,
+    resamples: int = 2000,
+    seed: int = 0,
+    steps: bool = False,
+    ready: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Run policies on the same episodes, write the results, print the table and where they lie.
 
@@ -53,6 +59,7 @@ def run(
         resamples: Bootstrap resamples behind the intervals.
         seed: Seed of the resamples.
         steps: Also write steps.parquet.
+        ready: Policies of that name that need not be built, such as a model in memory.
 
     Returns:
         The summary, as `summarise` gives it.
@@ -60,14 +67,15 @@ def run(
     repeated = [name for name, count in Counter(policies).items() if count > 1]
     if repeated or not policies:
         raise UserError(f"policies {', '.join(policies)}: name at least one, and each once.")
+    ready = ready or {}
     for name in policies:
-        if not Path(name).exists():
+        if name not in ready and not Path(name).exists():
             data.policy(name)  # a misspelt name fails before the first policy runs
     parts = []
-    for name in policies:
-        with status(f"running {name}"):
+    for number, name in enumerate(policies, 1):
+        with status(f"running {name} ({number} of {len(policies)})"):
             # loaded when its turn comes: several large backbones would not fit side by side
-            tables = data.tables(data.policy(name), steps)
+            tables = data.tables(ready[name] if name in ready else data.policy(name), steps)
             parts.append({key: table.assign(policy=name) for key, table in tables.items()})
     joined = {key: pd.concat([part[key] for part in parts], ignore_index=True) for key in parts[0]}
     frame = joined["episodes"]
@@ -75,7 +83,8 @@ def run(
     pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
     write_results(out, summary, pairs, joined)
     note = f"; {data.note}" if data.note else ""
-    print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]{note}")
+    if not is_quiet():
+        print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]{note}")
     print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in joined)])} in {out}")
     return summary
 
@@ -110,7 +119,7 @@ def print_table(
         title: What stands above the table.
         console: Where to print; null is standard output.
     """
-    console = console or Console()
+    console = console or output()
     main = metrics[0]
     policies = list(dict.fromkeys(summary["policy"]))
     rows = summary.set_index(["policy", "metric"])

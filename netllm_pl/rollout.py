@@ -3,7 +3,7 @@
 Shapes: N episodes side by side, T steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,7 +88,13 @@ def acting(policy: Any) -> Policy:
     return chosen
 
 
-def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool = False) -> Rollout:
+def rollout(
+    env: Environment,
+    policy: Policy,
+    seeds: Sequence[int],
+    record: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Rollout:
     """Run a policy until all episodes are over.
 
     Args:
@@ -96,9 +102,10 @@ def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool
         policy: Who acts.
         seeds: One episode each.
         record: Keep the observations.
+        advance: Called with the number of episodes that have ended, when some have.
     """
     if getattr(policy, "sequential", False) and len(seeds) > 1:
-        return _side_by_side([rollout(env, policy, [seed], record) for seed in seeds])
+        return _side_by_side([rollout(env, policy, [seed], record, advance) for seed in seeds])
     observations = env.reset(seeds)
     if hasattr(policy, "watch"):
         policy.watch(env)
@@ -113,6 +120,9 @@ def rollout(env: Environment, policy: Policy, seeds: Sequence[int], record: bool
         alive = ~over
         observations, rewards, over, info = env.step(actions)
         steps.append((actions, rewards, alive, info))
+        ended = int((alive & over).sum())
+        if ended and advance is not None:
+            advance(ended)
     if hasattr(policy, "finish"):
         policy.finish(observations)
     actions, rewards, alive = (np.stack([step[part] for step in steps]) for part in range(3))  # type: ignore[misc]

@@ -2,16 +2,17 @@
 
 import logging
 import warnings
-from datetime import datetime
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
 from safetensors.torch import save_file
 
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
@@ -20,6 +21,8 @@ from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import LightningParser
 from netllm_pl.paths import atomic
+from netllm_pl.progress import is_quiet, say
+from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of
 from netllm_pl.task import NetTask
 
 EXPECTED_WARNINGS = (
@@ -38,20 +41,26 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         discover()
-        super().__init__(
-            NetTask,
-            NetDataModule,
-            args=args,
-            trainer_class=Trainer,
-            parser_class=LightningParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            save_config_callback=_SaveConfig,
-            trainer_defaults={"use_distributed_sampler": False},
-        )
+        self._made: Path | None = None
+        try:
+            super().__init__(
+                NetTask,
+                NetDataModule,
+                args=args,
+                trainer_class=Trainer,
+                parser_class=LightningParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                save_config_callback=_SaveConfig,
+                trainer_defaults={"use_distributed_sampler": False},
+            )
+        finally:
+            if self._made is not None:
+                with suppress(OSError):  # something is in it, nearly always
+                    self._made.rmdir()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where the run goes."""
@@ -59,7 +68,7 @@ class CLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="folder of this run: config, metrics, events, best.ckpt, last.ckpt (default: runs/TASK/TIME)",
+            help="folder of this run: config, metrics, events, best.ckpt, last.ckpt (default: runs/TASK-TIME)",
         )
         parser.add_argument(
             "--save_every",
@@ -73,6 +82,11 @@ class CLI(LightningCLI):
         assert isinstance(parser, LightningParser)
         self.config = parser.read(args)
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Keep Lightning from printing the metrics of a quiet test, whose table is on disk."""
+        found: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        return found | ({"verbose": False} if subcommand == "test" and is_quiet() else {})
+
     def _parse_ckpt_path(self) -> None:
         """Files and command line win over hyper-parameters stored in a checkpoint (Lightning 2.6 does the opposite)."""
 
@@ -80,8 +94,13 @@ class CLI(LightningCLI):
         """Add the run's folder, loggers and callbacks to the trainer."""
         config = self._get(self.config, "trainer")
         self.run_dir = self._folder(config)
-        self._claim_folder()
+        if self.subcommand == "fit" and not getattr(rank_zero_only, "rank", 0):
+            claim(self.run_dir, self._get(self.config, "ckpt_path"))
         extra: dict[str, Any] = {"default_root_dir": str(self.run_dir)}
+        if is_quiet():
+            extra |= {"enable_progress_bar": False, "enable_model_summary": False}
+        callbacks = list(self._get(self.config_init, "trainer").get("callbacks") or [])
+        callbacks += self._progress_bar(callbacks)
         plugins = self._get(self.config_init, "trainer").get("plugins") or []
         # No default of the parser: it is an object, which no config.yaml can hold.
         extra["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
@@ -92,12 +111,9 @@ class CLI(LightningCLI):
                 *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
             ]
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not config.fast_dev_run:
-            extra["callbacks"] = [
-                *(self._get(self.config_init, "trainer").get("callbacks") or []),
-                *self._checkpoints(),
-            ]
+            callbacks += self._checkpoints()
         try:
-            return super().instantiate_trainer(**(extra | kwargs))
+            return super().instantiate_trainer(**(extra | {"callbacks": callbacks} | kwargs))
         except (ValueError, TypeError) as error:  # what Lightning refuses, such as an unknown accelerator
             raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
 
@@ -105,20 +121,20 @@ class CLI(LightningCLI):
         chosen = self._get(self.config, "run_dir") or trainer.get("default_root_dir")
         if chosen is not None:
             return Path(chosen)
-        return Path("runs") / type(self.model).__name__ / datetime.now().strftime("%Y%m%d-%H%M%S")
+        resumed = home_of(self._get(self.config, "ckpt_path")) if self.subcommand == "fit" else None
+        if resumed is not None:
+            return resumed
+        self._made = folder_of_run(type(self.model))
+        return self._made
 
-    def _claim_folder(self) -> None:
-        """Refuse to write a new run over another; keep the metrics of the part that a resumed run goes on from."""
-        if self.subcommand != "fit" or getattr(rank_zero_only, "rank", 0):
-            return
-        if not self._get(self.config, "ckpt_path") and (self.run_dir / "last.ckpt").exists():
-            raise UserError(
-                f"{self.run_dir} holds a run already; give another --run_dir, or go on with it: "
-                f"--ckpt_path {self.run_dir / 'last.ckpt'}"
-            )
-        metrics = self.run_dir / "metrics.csv"
-        if metrics.is_file():
-            metrics.rename(metrics.with_stem(f"metrics-part{len(list(self.run_dir.glob('metrics*.csv')))}"))
+    def _progress_bar(self, callbacks: list[Callback]) -> list[Callback]:
+        """Show progress as the terminal can, unless the config has a bar of its own, or wants none."""
+        from callbacks.progress import Bars, PlainProgress
+
+        off = is_quiet() or self._get(self.config, "trainer").get("enable_progress_bar") is False
+        if off or any(isinstance(callback, ProgressBar) for callback in callbacks):
+            return []
+        return [Bars() if Console().is_interactive else PlainProgress()]
 
     def _checkpoints(self) -> list[Callback]:
         task = type(self.model)
@@ -144,13 +160,24 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where everything is and compare the best checkpoint with the baselines on the test split."""
         # A run that ends before its first validation has no best checkpoint.
-        best = next((f for name in ("best.ckpt", "last.ckpt") if (f := self.run_dir / name).is_file()), None)
+        best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
         if best is None or not self.trainer.is_global_zero:
             return
         from netllm_pl.evaluate import run
 
         run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
-        print(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+        say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+
+    def after_test(self) -> None:
+        """Compare what was tested with the baselines on the test split."""
+        if self._get(self.config, "trainer").fast_dev_run or not self.trainer.is_global_zero:
+            return
+        from netllm_pl.evaluate import run
+
+        name = self._get(self.config, "ckpt_path") or type(self.model).__name__
+        model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        place = free_place(self.run_dir, RESULTS, "test")
+        run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: model})
 
     def after_predict(self) -> None:
         """Write the predictions of the test split, in its order, and say where."""

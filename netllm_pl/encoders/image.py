@@ -18,7 +18,10 @@ from netllm_pl.backbone import fingerprint_of
 from netllm_pl.encoders.tokens import TokenNorm, Tokens
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic, cache_dir
+from netllm_pl.progress import progress
 
+CHUNK = 64
+"""Pictures that the vision transformer reads at once."""
 SHARPNESS = 4.0
 """Factor on the scores of the attention pooling: heads differ, and so learn, from the start."""
 
@@ -121,11 +124,20 @@ class FrozenVision(nn.Module):
         flat = ids.flatten().tolist()
         missing = {key: place for place, key in enumerate(flat) if key not in self._rows}
         if missing:
-            self._append(list(missing), self.compute(pictures.flatten(0, 1)[list(missing.values())]))
+            self._compute_missing(pictures.flatten(0, 1), missing)
         rows = torch.tensor([self._rows[key] for key in flat], device=pictures.device)
         self._table = self._table.to(pictures.device)
         features: Tensor = self._table[rows].unflatten(0, pictures.shape[:2]).float()
         return features
+
+    def _compute_missing(self, pictures: Tensor, missing: dict[int, int]) -> None:
+        """Compute features of the pictures at the places of a batch, and keep them under their ids."""
+        ids, places = list(missing), list(missing.values())
+        with progress("picture features", len(ids)) as advance:
+            for start in range(0, len(ids), CHUNK):
+                some = slice(start, start + CHUNK)
+                self._append(ids[some], self.compute(pictures[places[some]]))
+                advance(len(ids[some]))
 
     def flush(self) -> None:
         """Write features that are not on disk yet; each call adds one file, so processes do not disturb each other."""

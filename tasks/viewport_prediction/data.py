@@ -13,6 +13,7 @@ from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
 from netllm_pl.paths import data_root
+from netllm_pl.progress import progress
 from netllm_pl.task import NetTask
 from tasks.viewport_prediction.baselines import LinearRegression, Ridge, Static, Velocity, window_errors
 from tasks.viewport_prediction.model import ViewportModel, wrap
@@ -208,9 +209,11 @@ class ViewportPredictionData(NetDataModule):
         """Run a policy over the windows of a split: one row a window, clustered by trace (video and user)."""
         data = self.dataset(split)
         parts = []
-        for start in range(0, len(data), self.eval_batch_size):
-            batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
-            parts.append(window_errors(self._predict(policy, batch), batch["future"].numpy()))
+        with progress("windows", len(data)) as advance:
+            for start in range(0, len(data), self.eval_batch_size):
+                batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
+                parts.append(window_errors(self._predict(policy, batch), batch["future"].numpy()))
+                advance(len(batch["future"]))
         windows, traces = data.windows, data.traces
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         where = {

@@ -1,0 +1,81 @@
+"""The folder of a run: its name, and that no run writes over another."""
+
+import os
+import re
+from datetime import datetime
+from pathlib import Path
+
+from netllm_pl.errors import UserError
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+RESULTS = "summary.csv"
+OF_A_RUN = (LAST, BEST, "metrics.csv", RESULTS)
+"""Files that show that a folder holds a run."""
+INHERITED = "NETLLM_RUN_DIR"
+"""Environment variable in which the first process of a run tells those that it starts where the run goes."""
+
+
+def task_name(task: type) -> str:
+    """Return what a task is called: its folder below ``tasks``, or its class in small letters if it has none."""
+    parts = task.__module__.split(".")
+    if parts[0] == "tasks" and len(parts) > 1:
+        return parts[1]
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", task.__name__).lower()
+
+
+def make_folder(root: Path, name: str) -> Path:
+    """Make a new folder named by time, such as ``runs/job_scheduling-20261124-121500``.
+
+    Of two that are made in the same second, the later one has a number.
+    """
+    first = folder = root / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+
+
+def folder_of_run(task: type) -> Path:
+    """Make the folder of a new run, below ``runs``; all processes of a run get the same one."""
+    first = os.environ.get(INHERITED)
+    if first is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(first)
+    folder = make_folder(Path("runs"), task_name(task))
+    os.environ[INHERITED] = str(folder)
+    return folder
+
+
+def home_of(checkpoint: str | None) -> Path | None:
+    """Return the folder of the run that a checkpoint is the last one of; None if there is none."""
+    path = None if checkpoint is None else Path(checkpoint)
+    return path.parent if path is not None and path.name == LAST and (path.parent / "config.yaml").is_file() else None
+
+
+def claim(folder: Path, checkpoint: str | None) -> None:
+    """Refuse to train into the folder of another run; keep the metrics of the part that a resumed run goes on from.
+
+    Args:
+        folder: Where the run goes.
+        checkpoint: What it goes on from.
+
+    Raises:
+        UserError: The folder holds a run, and not the one that goes on.
+    """
+    found = next((name for name in OF_A_RUN if (folder / name).exists()), None)
+    resumes = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    if found is not None and not resumes:
+        last = folder / LAST
+        cure = f"go on with it: --ckpt_path {last}" if last.exists() else f"remove it ({found} is there)"
+        raise UserError(f"{folder} holds a run already; give another --run_dir, or {cure}")
+    metrics = folder / "metrics.csv"
+    if metrics.is_file():
+        metrics.rename(metrics.with_stem(f"metrics-part{len(list(folder.glob('metrics*.csv')))}"))
+
+
+def free_place(folder: Path, file: str, command: str) -> Path:
+    """Return the folder if it holds no such file, else a new one in it, named by command and time."""
+    return make_folder(folder, command) if (folder / file).exists() else folder
