@@ -4,15 +4,15 @@ Shapes: N sessions, L levels, H samples of history, K chunks of horizon.
 """
 
 import numpy as np
-from numba import njit
 
 from netllm_pl.errors import UserError
+from netllm_pl.kernels import njit
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Observations, Rules, Video
 
 SLACK = 1e-9  # the bound of the search may be off by rounding, by far less than this share of its largest part
 
 
-@njit(cache=True)
+@njit()
 def harmonic_means(throughput: Floats, samples: int) -> Floats:
     """Harmonic mean of the last measurements of each session.
 
@@ -41,7 +41,7 @@ def near_first(levels: int) -> Ints:
     return np.argsort(np.abs(each[:, None] - each), axis=1, kind="stable")
 
 
-@njit(cache=True)
+@njit()
 def best_first_level(
     seconds: Floats, ladder: Floats, order: Ints, buffer_s: float, level: int, length: int, chunk_s: float,
     rebuffer_weight: float, smoothness_weight: float, jump: int,
@@ -112,7 +112,7 @@ def best_first_level(
     return answer
 
 
-@njit(cache=True)
+@njit()
 def _decide(  # type: ignore[no-untyped-def]
     bandwidth, buffer_s, level, chunk, sizes, ladder, order, chunks, horizon, shift, chunk_s, rebuffer_weight,
     smoothness_weight, jump,

@@ -141,7 +141,7 @@ def plain_session(simulator: Simulator, seed: int) -> PlainSession:
     low, high = simulator.rules.noise
 
     def noise(chunk: int) -> float:
-        return low + (high - low) * uniform(seed, 8 + chunk)
+        return low + (high - low) * float(uniform(seed, 8 + chunk))
 
     return PlainSession(
         simulator.traces, trace, simulator.video, simulator.rules, noise, float(simulator.scale[0]), pointer,

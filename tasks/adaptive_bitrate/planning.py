@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from netllm_pl.kernels import njit
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Observations, Simulator, download, idle
 
 VALUE, TIME, CLOCK, BUFFER = range(4)  # columns of a node: reward so far, trace time since the root, clock, buffer (ms)
@@ -21,7 +21,7 @@ LEVEL, POINTER, PARENT = range(3)
 ROUNDING = 1e-9  # sums of the same rewards in another order differ by less
 
 
-@njit(cache=True)
+@njit()
 def _expand(  # type: ignore[no-untyped-def]
     time, rate_mbps, first, end, scale, node, place, parent, level, sizes, ladder, rules, out, out_place
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _expand(  # type: ignore[no-untyped-def]
     out_place[LEVEL], out_place[POINTER], out_place[PARENT] = level, pointer, parent
 
 
-@njit(cache=True)
+@njit()
 def _prune(nodes, places, count, beam, weight, kept, kept_places):  # type: ignore[no-untyped-def]
     """Copy the best nodes that no better one dominates; return how many."""
     order = np.argsort(-(nodes[:count, VALUE] + weight * nodes[:count, BUFFER] / 1000.0))
@@ -70,7 +70,7 @@ def _prune(nodes, places, count, beam, weight, kept, kept_places):  # type: igno
     return n
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _values(  # type: ignore[no-untyped-def]
     time, rate_mbps, starts, trace, pointer, clock, scale, buffer_ms, level, chunk, sizes, ladder, rules, chunks,
     horizon, beam, weight, sessions, out,
@@ -171,7 +171,7 @@ class Hindsight:
         return observations, rewards, over, info | {"values": values}
 
 
-@njit(cache=True)
+@njit()
 def _front(nodes, places, count, level, weight, kept, kept_places, n):  # type: ignore[no-untyped-def]
     """Append the nodes of a level that no other one beats in value, time and quality; return how many are kept.
 
@@ -205,7 +205,7 @@ def _front(nodes, places, count, level, weight, kept, kept_places, n):  # type: 
     return n
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _plan(  # type: ignore[no-untyped-def]
     time, rate_mbps, first, end, pointer, clock, scale, buffer_ms, level, chunk, sizes, ladder, rules, chunks, limit,
     out,

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from netllm_pl.errors import UserError
+from netllm_pl.kernels import njit
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -114,7 +114,7 @@ class Rules:
                 raise UserError(f"rules.{name} is {getattr(self, name)}; expected {expected}")
 
 
-@njit(cache=True)
+@njit()
 def download(
     time: Floats, rate_mbps: Floats, first: int, end: int, pointer: int, clock: float, size: float, payload: float
 ) -> tuple[float, int, float]:
@@ -149,7 +149,7 @@ def download(
             pointer, clock = first + 1, 0.0
 
 
-@njit(cache=True)
+@njit()
 def idle(time: Floats, first: int, end: int, pointer: int, clock: float, sleep_ms: float) -> tuple[float, int, float]:
     """Walk a trace for a time in which nothing is downloaded.
 
@@ -167,7 +167,7 @@ def idle(time: Floats, first: int, end: int, pointer: int, clock: float, sleep_m
             pointer, clock = first + 1, 0.0
 
 
-@njit(cache=True)
+@njit()
 def uniform(seed: int, draw: int) -> float:
     """Number in [0, 1) that depends on a session's seed and the draw only (SplitMix64, Steele et al. 2014).
 
@@ -181,7 +181,7 @@ def uniform(seed: int, draw: int) -> float:
     return float(z >> np.uint64(11)) / 9007199254740992.0
 
 
-@njit(cache=True)
+@njit()
 def _step(  # type: ignore[no-untyped-def]
     time, rate_mbps, starts, trace, seed, pointer, clock, scale, buffer_ms, level, chunk, action, ladder, sizes, rules,
     low, high, chunks, throughput, delay_s, real, whole, following,

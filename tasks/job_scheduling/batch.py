@@ -5,8 +5,8 @@ episode; capitals with a bar in comments are sums over episodes.
 """
 
 import numpy as np
-from numba import njit
 
+from netllm_pl.kernels import njit
 from tasks.job_scheduling.bookkeeping import committable, demand, find_choices, pool_job
 from tasks.job_scheduling.engine import act, arrive, job_time
 
@@ -49,7 +49,7 @@ def allocate(episodes: int, jobs: int, stages: int, executors: int, tasks: int, 
     )
 
 
-@njit(cache=True)
+@njit()
 def pick(all_episodes: Episode, i: int) -> Episode:
     """One of many episodes."""
     a = all_episodes
@@ -60,7 +60,7 @@ def pick(all_episodes: Episode, i: int) -> Episode:
     )  # fmt: skip
 
 
-@njit(cache=True)
+@njit()
 def start(
     ep: Episode, plan: Plan, stage_start: Ints, num_tasks: Ints, rough: Floats, templates: Ints, seed: int
 ) -> None:
@@ -111,14 +111,14 @@ def start(
     find_choices(ep, plan)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def start_all(episodes, plan, stage_start, num_tasks, rough, templates, seeds):  # type: ignore[no-untyped-def]
     """Begin all episodes; templates (N, J)."""
     for i in range(len(seeds)):
         start(pick(episodes, i), plan, stage_start, num_tasks, rough, templates[i], seeds[i])
 
 
-@njit(cache=True)
+@njit()
 def step(ep, plan, k, count):  # type: ignore[no-untyped-def]
     """Take a decision and let time pass to the next one; return the job-milliseconds that have passed."""
     before = ep.clock[0]
@@ -127,7 +127,7 @@ def step(ep, plan, k, count):  # type: ignore[no-untyped-def]
     return job_time(ep, first, before)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def step_all(episodes, plan, actions, rewards, told):  # type: ignore[no-untyped-def]
     """Take a decision in every episode that is not over, (N, 2), and tell what was decided, (N, DECISION).
 
@@ -155,7 +155,7 @@ def step_all(episodes, plan, actions, rewards, told):  # type: ignore[no-untyped
     return 0
 
 
-@njit(cache=True)
+@njit()
 def count_all(episodes, plan, counts):  # type: ignore[no-untyped-def]
     """Count nodes, edges, active jobs and schedulable stages of every episode, (N, 4)."""
     for i in range(len(counts)):
@@ -171,7 +171,7 @@ def count_all(episodes, plan, counts):  # type: ignore[no-untyped-def]
         counts[i, 2], counts[i, 3] = ep.glob[ACTIVE], ep.glob[CHOICES]
 
 
-@njit(cache=True)
+@njit()
 def observe(ep, plan, nodes, extra, edges, heights, job_nodes, jobs, caps, stages, limits):  # type: ignore[no-untyped-def]
     """Fill the arrays of one episode; see `Simulator`.
 
@@ -223,7 +223,7 @@ def observe(ep, plan, nodes, extra, edges, heights, job_nodes, jobs, caps, stage
         told[8], told[9] = (ep.clock[0] - ep.times[j, ARRIVAL]) / 1e3, ep.pools[1 + j, SIZE]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def observe_all(  # type: ignore[no-untyped-def]
     episodes, plan, ends, nodes, extra, edges, heights, job_nodes, jobs, caps, stages, limits, numbers
 ):  # fmt: skip
@@ -245,7 +245,7 @@ def observe_all(  # type: ignore[no-untyped-def]
                 numbers[i, 1] = a
 
 
-@njit(cache=True)
+@njit()
 def uniforms(episodes, published, drawn):  # type: ignore[no-untyped-def]
     """Draw one number from the stream of every episode that is not over, (N,)."""
     for i in range(len(drawn)):

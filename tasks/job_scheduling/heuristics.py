@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from netllm_pl.kernels import njit
 from tasks.job_scheduling.batch import pick
 from tasks.job_scheduling.bookkeeping import committable, pool_job
 from tasks.job_scheduling.engine import act
@@ -82,7 +82,7 @@ SCHEMES = {
 }
 
 
-@njit(cache=True)
+@njit()
 def works(ep, work):  # type: ignore[no-untyped-def]
     """Remaining work of the active jobs, by arrival: executor-milliseconds that were not started."""
     for a in range(ep.glob[ACTIVE]):
@@ -93,7 +93,7 @@ def works(ep, work):  # type: ignore[no-untyped-def]
                 work[a] += ep.stages[s, REMAINING] * ep.recent[s]
 
 
-@njit(cache=True)
+@njit()
 def first_choices(ep, first):  # type: ignore[no-untyped-def]
     """First choice of each active job, if possible one that can run at once; NONE if it has none."""
     a = 0
@@ -105,7 +105,7 @@ def first_choices(ep, first):  # type: ignore[no-untyped-def]
             first[a] = k
 
 
-@njit(cache=True)
+@njit()
 def choose(ep, scheme):  # type: ignore[no-untyped-def]
     """Decide by a scheme; return the number of the choice, or NONE, and executors."""
     active, executors, free = ep.glob[ACTIVE], len(ep.executors), committable(ep)
@@ -146,7 +146,7 @@ def choose(ep, scheme):  # type: ignore[no-untyped-def]
     return NONE, free
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def choose_all(episodes, scheme, actions):  # type: ignore[no-untyped-def]
     """Decide in every episode; actions (N, 2) of those that are over are NONE and 1."""
     for i in range(len(actions)):
@@ -156,7 +156,7 @@ def choose_all(episodes, scheme, actions):  # type: ignore[no-untyped-def]
             actions[i] = choose(ep, scheme)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def play_all(episodes, plan, scheme, first, end):  # type: ignore[no-untyped-def]
     """Play the episodes from number `first` to `end` to their ends; return the number of decisions."""
     decisions = 0

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from netllm_pl.kernels import njit
 from tasks.job_scheduling.batch import allocate, pick
 from tasks.job_scheduling.bookkeeping import committable, demand
 from tasks.job_scheduling.engine import act
@@ -55,7 +55,7 @@ class Lookahead:
     margin: float = 0.0
 
 
-@njit(cache=True)
+@njit()
 def copy(ep, to):  # type: ignore[no-untyped-def]
     """Copy what an episode without random draws goes on from; no more jobs will come in the copy."""
     to.glob[:] = ep.glob
@@ -74,7 +74,7 @@ def copy(ep, to):  # type: ignore[no-untyped-def]
     to.times[ep.glob[ARRIVED] :, ARRIVAL] = np.inf
 
 
-@njit(cache=True)
+@njit()
 def left(ep):  # type: ignore[no-untyped-def]
     """Estimate the time that active jobs still spend in the system, ms: one after the other, the shortest first."""
     active = ep.glob[ACTIVE]
@@ -88,7 +88,7 @@ def left(ep):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True)
+@njit()
 def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-def]
     """Time that the active jobs, not later ones, spend in the system from a decision on, job-milliseconds."""
     copy(ep, to)
@@ -104,7 +104,7 @@ def cost(ep, to, plan, scheme, k, count, horizon):  # type: ignore[no-untyped-de
     return total + left(to)
 
 
-@njit(cache=True)
+@njit()
 def _append(ep, k, executors, out, count):  # type: ignore[no-untyped-def]
     """Add a candidate unless one that does the same is there; return how many there are."""
     for c in range(count):
@@ -115,7 +115,7 @@ def _append(ep, k, executors, out, count):  # type: ignore[no-untyped-def]
     return count + 1
 
 
-@njit(cache=True)
+@njit()
 def candidates(ep, scheme, jobs, shares, extra, out):  # type: ignore[no-untyped-def]
     """List decisions worth a look, the scheme's own first; return their number. Out (C, 2)."""
     out[0] = choose(ep, scheme)
@@ -138,7 +138,7 @@ def candidates(ep, scheme, jobs, shares, extra, out):  # type: ignore[no-untyped
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def plan_all(episodes, scratch, plan, scheme, horizon, jobs, shares, extra, begin, end, tried, costs, counts):  # type: ignore[no-untyped-def]
     """Look ahead in episodes begin to end: candidates (N, C, 2), their costs (N, C), job-ms, and numbers (N,)."""
     to = pick(scratch, begin)

@@ -308,7 +308,7 @@ class Simulator:
             "limits": np.empty(k, np.int16),
         }
         numbers = np.empty((count, 3))
-        observe_all(self.episodes, self.plan, ends, *flat.values(), numbers)  # type: ignore[call-arg]
+        observe_all(self.episodes, self.plan, ends, *flat.values(), numbers)
         kinds = {"nodes": 0, "extra": 0, "edges": 1, "heights": 0, "job_nodes": 2, "jobs": 2, "caps": 2}
         seen: Observations = {}
         for name, values in flat.items():

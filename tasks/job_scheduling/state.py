@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from netllm_pl.kernels import njit
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -93,7 +94,7 @@ class Episode(NamedTuple):
     idle: Ints
 
 
-_uncounted: dict[str, Any] = {"cache": True, "_nrt": False}
+_uncounted: dict[str, Any] = {"_nrt": False}
 kernel = njit(**_uncounted)
 """Compiles a function that allocates nothing and returns no array. Without counting references to the arrays, episodes
 run four times as fast."""
