@@ -13,7 +13,7 @@ from tasks.job_scheduling.engine import act, arrive, job_time
 from tasks.job_scheduling.state import (  # isort: skip
     ACTIVE, ARRIVAL, ARRIVED, BASE, CHOICES, COMMITTED, COMMON, COMPLETED, EXECUTOR, GLOB, HOME, INCOMPLETE, JOB,
     LAST, LOCAL, MOVING, NONE, OPEN, OWNER, PICKED, POOL, PROFILE, REMAINING, SEED, SIZE, SOURCE, STAGE, STAGES,
-    SUPPLY, TAPE, TEMPLATE, UNFINISHED, UNSTARTED, WAITING, Episode, Floats, Ints, Plan,
+    SUPPLY, TAPE, TEMPLATE, TIME, UNFINISHED, UNSTARTED, WAITING, WORK, Episode, Floats, Ints, Plan,
 )  # fmt: skip
 from tasks.job_scheduling.streams import EMPTY, add, capacity, counted, uniform
 
@@ -31,7 +31,7 @@ def allocate(episodes: int, jobs: int, stages: int, executors: int, tasks: int, 
         glob=np.zeros((episodes, GLOB), np.int64),
         clock=np.zeros((episodes, 1)),
         jobs=np.zeros((episodes, jobs, JOB), np.int64),
-        times=np.zeros((episodes, jobs, 2)),
+        times=np.zeros((episodes, jobs, TIME)),
         active=np.zeros((episodes, jobs), np.int64),
         stages=np.zeros((episodes, stages, STAGE), np.int64),
         recent=np.zeros((episodes, stages)),
@@ -86,6 +86,7 @@ def start(
         row[SUPPLY], row[LOCAL] = 0, 0
         row[UNSTARTED], row[INCOMPLETE], row[STAGES] = end - first, end - first, end - first
         row[BASE], row[TEMPLATE] = base, templates[j]
+        ep.times[j, WORK] = 0.0
         for profile in range(first, end):
             stage = ep.stages[base + profile - first]
             parents = plan.parent_start[profile + 1] - plan.parent_start[profile]
@@ -94,6 +95,7 @@ def start(
             stage[MOVING], stage[COMMITTED], stage[PICKED] = 0, 0, NONE
             stage[OPEN], stage[WAITING] = parents, parents
             ep.recent[base + profile - first] = rough[profile]
+            ep.times[j, WORK] += num_tasks[profile] * rough[profile]
         base += end - first
     ep.executors[:] = 0
     ep.executors[:, POOL], ep.executors[:, HOME], ep.executors[:, LAST] = COMMON, NONE, NONE

@@ -28,12 +28,13 @@ from tasks.job_scheduling.state import (
     SUPPLY,
     UNSTARTED,
     WAITING,
+    WORK,
     Episode,
     Floats,
     Ints,
 )  # fmt: skip
 
-BY_WORK, DIVIDE, EXPONENT, SCALE, MOST, COUNT_SATURATED, KEEP, SPILL = range(8)
+BY_WORK, DIVIDE, EXPONENT, TOTAL, MOST, COUNT_SATURATED, KEEP, SPILL = range(8)
 """Entries of a scheme's parameters."""
 KEEPS = ("none", "share", "all")
 """What the parameter `KEEP` numbers."""
@@ -44,11 +45,11 @@ class Scheme:
     """How a hand-written scheduler decides.
 
     Attributes:
-        by_work: Jobs are ordered by remaining work (tasks that were not started x most recent durations), the least
-            first; otherwise by arrival.
+        by_work: Jobs are ordered by work, the least first; otherwise by arrival.
         divide: Executors are divided into shares; otherwise a job may have up to `most`.
-        exponent: A job's share is proportional to this power of its remaining work; 0 gives equal shares.
-        scale: Factor on shares.
+        exponent: A job's share is proportional to this power of its work; 0 gives equal shares.
+        total: A job's work is that of all its tasks (by rough durations); otherwise the remaining one (tasks that were
+            not started x most recent durations).
         most: No share is larger than this part of all executors.
         count_saturated: Jobs without tasks to start count when shares are computed.
         keep: While the job that executors leave has a stage, it is the first to get ``all`` of them, or up to its
@@ -59,7 +60,7 @@ class Scheme:
     by_work: bool = True
     divide: bool = True
     exponent: float = 0.0
-    scale: float = 1.0
+    total: bool = False
     most: float = 1.0
     count_saturated: bool = False
     keep: Literal["none", "share", "all"] = "share"
@@ -67,7 +68,7 @@ class Scheme:
 
     def parameters(self) -> Floats:
         """What the kernels read."""
-        shares = (self.by_work, self.divide, self.exponent, self.scale, self.most, self.count_saturated)
+        shares = (self.by_work, self.divide, self.exponent, self.total, self.most, self.count_saturated)
         return np.array([*shares, KEEPS.index(self.keep), self.spill], np.float64)
 
 
@@ -77,7 +78,7 @@ SCHEMES = {
     "fair": Scheme(by_work=False, count_saturated=True, keep="all", spill=False),
     "sjf": Scheme(divide=False, keep="none", spill=False),
     "sjf_capped": Scheme(divide=False, most=0.4, keep="none", spill=False),
-    "weighted_fair": Scheme(exponent=-1.0, keep="none"),
+    "weighted_fair": Scheme(exponent=-1.0, total=True, count_saturated=True, keep="all"),
     "srpt_fair": Scheme(),
 }
 
@@ -112,6 +113,9 @@ def choose(ep, scheme):  # type: ignore[no-untyped-def]
     source = pool_job(ep, ep.glob[SOURCE])
     work, share, first = np.empty(active), np.empty(active), np.full(active, NONE)
     works(ep, work)
+    if scheme[TOTAL] > 0:
+        for a in range(active):
+            work[a] = ep.times[ep.active[a], WORK]
     first_choices(ep, first)
     total = 0.0
     for a in range(active):
@@ -120,7 +124,7 @@ def choose(ep, scheme):  # type: ignore[no-untyped-def]
         total += share[a]
     most = np.ceil(scheme[MOST] * executors - 1e-9)
     for a in range(active):
-        share[a] = min(np.ceil(scheme[SCALE] * executors * share[a] / total - 1e-9), most) if scheme[DIVIDE] else most
+        share[a] = min(np.ceil(executors * share[a] / total - 1e-9), most) if scheme[DIVIDE] else most
     order = np.argsort(work, kind="mergesort") if scheme[BY_WORK] else np.arange(active)
     own = NONE
     for a in range(active):

@@ -38,7 +38,8 @@ SIZE, PROMISED = range(2)
 TAPE = 9
 """Columns of `Episode.tape`."""
 # Columns of `Episode.times`.
-ARRIVAL, COMPLETED = range(2)
+ARRIVAL, COMPLETED, WORK = range(3)
+TIME = 3
 
 
 class Episode(NamedTuple):
@@ -52,7 +53,8 @@ class Episode(NamedTuple):
         clock: (1,) now, ms.
         jobs: (J, JOB) SUPPLY of executors; LOCAL ones; UNSTARTED stages (with tasks that were not started);
             INCOMPLETE stages; BASE: number of its first stage; STAGES; TEMPLATE in the workload.
-        times: (J, 2) ARRIVAL and COMPLETED, ms; the latter infinite until then.
+        times: (J, TIME) ARRIVAL and COMPLETED, ms; the latter infinite until then. WORK of all tasks by their rough
+            durations, executor-ms.
         active: (J,) numbers of active jobs, by arrival.
         stages: (S, STAGE) OWNER job; PROFILE: number of the stage in the workload; REMAINING tasks that were not
             started; UNFINISHED tasks; executors MOVING and COMMITTED to it; OPEN parents, that want executors; WAITING:
