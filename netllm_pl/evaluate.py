@@ -1,5 +1,6 @@
 """Compares policies on the same episodes: runs them, writes the results, prints one table."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,9 +109,9 @@ def print_table(
     title: str,
     console: Console | None = None,
 ) -> None:
-    """Print one row a policy, and below how much better the last policy is than each other on the main metric.
+    """Print one row a policy, and below how much better or worse the last policy is than each other on the main metric.
 
-    The main metric has its interval; those of the others are in summary.csv.
+    The main metric has its interval, unless all episodes are of one cluster; those of the others are in summary.csv.
 
     Args:
         summary: As `summarise` gives it.
@@ -137,10 +138,13 @@ def print_table(
     console.print(table)
     chosen = pairs[(pairs["policy"] == policies[-1]) & (pairs["metric"] == main.name)]
     for pair in chosen.itertuples():
-        by = _interval(pair.mean, pair.low, pair.high)
-        console.print(Text(f"{pair.policy} is better than {pair.other} by {by} {main.name}"), soft_wrap=True)
+        if pair.mean < 0:
+            how, by = "worse", _interval(-pair.mean, -pair.high, -pair.low)
+        else:
+            how, by = "better", _interval(pair.mean, pair.low, pair.high)
+        console.print(Text(f"{pair.policy} is {how} than {pair.other} by {by} {main.name}"), soft_wrap=True)
 
 
 def _interval(mean: float, low: float, high: float) -> str:
-    """Write an estimate with its interval."""
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    """Write an estimate with its interval, if there is one."""
+    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"

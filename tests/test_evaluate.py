@@ -198,12 +198,33 @@ def test_an_unknown_policy_stops_before_anything_runs(tmp_path: Path, monkeypatc
 def test_the_table_shows_each_number_with_its_interval() -> None:
     frame, names = episodes(11, {"[a]": 0.0, "b": -1.0}), ["[a]", "b"]
     summary, pairs = summarise(frame, [ERROR], names), compare_pairs(frame, [ERROR], names)
-    console = Console(record=True, width=150, file=io.StringIO())
-    print_table(summary, pairs, [ERROR], "test", console)
-    text = console.export_text()
+    text = printed(summary, pairs)
     for row in summary.itertuples():
         assert f"{row.mean:.3f} [{row.low:.3f}, {row.high:.3f}]" in text
     row = summary.iloc[1]
     better = f"{row['paired_mean']:.3f} [{row['paired_low']:.3f}, {row['paired_high']:.3f}]"
     assert f"b is better than [a] by {better} error" in text and text.count(better) == 2
     assert text.count("[a]") == 3  # its row, the heading of the last column, the line below
+
+
+def test_a_policy_that_is_worse_is_called_so() -> None:
+    """With a positive difference and its interval, turned round."""
+    frame, names = episodes(12, {"a": 0.0, "b": 1.0}), ["a", "b"]
+    summary, pairs = summarise(frame, [ERROR], names), compare_pairs(frame, [ERROR], names)
+    text = printed(summary, pairs)
+    low, mean, high = (-summary.iloc[1][f"paired_{name}"] for name in ("high", "mean", "low"))
+    assert 0 < low < mean < high
+    assert f"b is worse than a by {mean:.3f} [{low:.3f}, {high:.3f}] error" in text and "b is better" not in text
+
+
+def test_one_cluster_is_shown_without_intervals() -> None:
+    frame, names = episodes(13, {"a": 0.0, "b": 1.0}, clusters=1), ["a", "b"]
+    summary, pairs = summarise(frame, [ERROR], names), compare_pairs(frame, [ERROR], names)
+    text = printed(summary, pairs)
+    assert "nan" not in text and f"b is worse than a by {-pairs.iloc[-1]['mean']:.3f} error" in text
+
+
+def printed(summary: pd.DataFrame, pairs: pd.DataFrame) -> str:
+    console = Console(record=True, width=150, file=io.StringIO())
+    print_table(summary, pairs, [ERROR], "test", console)
+    return console.export_text()
