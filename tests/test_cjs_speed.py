@@ -1,8 +1,11 @@
 """What the benchmark measures of scheduling."""
 
+import pytest
+
 from netllm_pl.benchmark import ratios
 from netllm_pl.timing import known, measure
-from tasks.job_scheduling.planning import Lookahead
+from tasks.job_scheduling import JobSchedulingData, speed
+from tasks.job_scheduling.planning import Lookahead, Planner
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.speed import EPISODES, works
 from tasks.job_scheduling.synthetic import SyntheticWorkload, generate
@@ -19,6 +22,21 @@ def test_works_count_what_they_do() -> None:
     assert [found[name].run() for name in ("reset", "fair_kernel", "lookahead")] == [1, 1, EPISODES]
     apart = [found["step_1_episode"].run() for _ in range(EPISODES)]
     assert found[f"step_{EPISODES}_episodes"].run() == sum(apart) and len({*apart}) > 1
+
+
+def test_the_planner_is_measured_as_it_plays(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Lookahead] = []
+
+    def watched(lookahead: Lookahead) -> Planner:
+        measured.append(lookahead)
+        return Planner(lookahead)
+
+    monkeypatch.setattr(speed, "Planner", watched)
+    own = Lookahead(jobs=1, horizon_s=5.0, extra=3)
+    JobSchedulingData(
+        synthetic=SyntheticWorkload(queries=2, sizes=("2g",)), rules=Rules(jobs=6, executors=9), lookahead=own
+    ).benchmarks()
+    assert measured == [Lookahead(jobs=1, horizon_s=5.0)]
 
 
 def test_published_figures_stand_beside_the_published_setting() -> None:

@@ -136,10 +136,15 @@ class JobSchedulingData(DecisionData):
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy from its name: a baseline, a checkpoint's path, or a folder."""
         if name == "rollout":
-            return Planner(replace(self.lookahead, extra=0))
+            return Planner(self._planning)
         if name in NAMES:
             return build(name, weights_folder(self.weights_dir, self.root), self.seed)
         return super().policy(name, split)
+
+    @property
+    def _planning(self) -> Lookahead:
+        """How `rollout` looks ahead: further candidates are of use for learning only."""
+        return replace(self.lookahead, extra=0)
 
     def label(self, env: Any, values: str) -> Any:
         """Add values of candidate decisions to each step of a simulator."""
@@ -151,7 +156,7 @@ class JobSchedulingData(DecisionData):
         """List the simulator's speed, and what planning costs."""
         from tasks.job_scheduling.speed import works  # imported late: nothing else needs it
 
-        return works(self.simulator("test"))
+        return works(self.simulator("test"), self._planning)
 
     def numbers(self, split: str) -> Sequence[int]:
         """Seeds of the validation or test episodes; numbers of the training episodes of an epoch."""
