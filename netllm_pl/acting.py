@@ -6,7 +6,7 @@ Shapes: B batch, W steps of a window, C choices, N episodes side by side.
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -69,6 +69,7 @@ class OfflineTask(ActingTask):
     """
 
     objective: Objective = "values"
+    answer_columns: ClassVar[tuple[str, ...]] = ("scores",)
 
     def choose(self, scores: Any, batch: Batch, generator: np.random.Generator | None = None) -> Tensor:
         """Turn the scores of steps into actions (B, W, ...).
@@ -79,6 +80,13 @@ class OfflineTask(ActingTask):
             generator: Draws actions, each as likely as the softmax of the scores says; None takes the best.
         """
         return pick(scores, generator)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Scores of a batch; actions where not all steps have the same choices."""
+        scores: Any = self(batch)
+        ragged = any(name + LENGTH in batch for name in batch)
+        prediction: Tensor = self.choose(scores, batch) if ragged else scores
+        return prediction
 
     def loss(self, prediction: Any, batch: Batch) -> Tensor:
         """Loss over the real steps."""

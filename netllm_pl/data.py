@@ -24,7 +24,10 @@ SPLITS = ("train", "valid", "test")
 
 
 class BatchedDataset(Protocol):
-    """A map-style data set that gathers a whole batch at once (Hugging Face `datasets` do so too)."""
+    """A map-style data set that gathers a whole batch at once (Hugging Face `datasets` do so too).
+
+    It may have ``identify(indices)``: columns (B,) by name that say what the samples are, for predictions.parquet.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -82,6 +85,13 @@ class Loader(DataLoader[Batch]):
 
     sampler: Batches
     consumed = 0
+
+    @property
+    def samples(self) -> BatchedDataset:
+        """The data set that `NetDataModule.dataset` gave."""
+        rows = self.dataset
+        assert isinstance(rows, _Rows)
+        return rows.data
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator can count what was really consumed
         """Yield the batches of this epoch that are left."""

@@ -17,7 +17,7 @@ from netllm_pl.data import Batch
 from netllm_pl.encoders import TokenNorm
 from netllm_pl.errors import UserError
 from netllm_pl.heads import ChoiceHead
-from netllm_pl.ragged import LENGTH, join_steps
+from netllm_pl.ragged import join_steps
 from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, pack, visible
 from netllm_pl.task import OptimizerConfig, Prompt, each_tensor
@@ -144,13 +144,6 @@ class DecisionTask(OfflineTask):
     def answer(self, hidden: Tensor, batch: Batch) -> Any:
         """Score the choices at every step."""
         return self.decide(hidden.reshape(*batch["step"].shape, -1, hidden.shape[-1]), batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Scores of a batch; actions where not all steps have the same choices."""
-        scores: Any = self(batch)
-        ragged = any(name + LENGTH in batch for name in batch)
-        prediction: Tensor = self.choose(scores, batch) if ragged else scores
-        return prediction
 
     @property
     def remembers_actions(self) -> bool:

@@ -16,7 +16,7 @@ from netllm_pl.errors import UserError, unknown
 from netllm_pl.experience import Pool, Together, Windows, read_pool
 from netllm_pl.progress import progress
 from netllm_pl.recording import Experience, recorded
-from netllm_pl.rollout import Rollout, acting, rollout
+from netllm_pl.rollout import Array, Rollout, acting, rollout
 
 
 class Sessions:
@@ -36,6 +36,10 @@ class Sessions:
     def __getitem__(self, indices: list[int]) -> Batch:
         """Return ``session`` (B,)."""
         return {"session": self.numbers[indices]}
+
+    def identify(self, indices: list[int]) -> dict[str, Array]:
+        """Return ``session`` (B,)."""
+        return {"session": self.numbers[indices].numpy()}
 
 
 class DecisionData(NetDataModule):

@@ -132,6 +132,12 @@ class Windows:
                 batch[f"{name}_length"] = as_tensor(_spread(lengths, mask))
         return batch
 
+    def identify(self, indices: list[int]) -> dict[str, Array]:
+        """Say whose windows they are: numbers of the episodes in the pool, and who acted in them, (B,) each."""
+        number = np.searchsorted(self._edges, np.asarray(indices, np.int64), side="right") - 1
+        episode = self.episodes[number]
+        return {"episode": episode, "policy": self.pool.episodes["policy"].to_numpy(str)[episode]}
+
 
 class Together:
     """Windows of several pools as one data set.
@@ -168,6 +174,18 @@ class Together:
             if (which == number).any()
         ]
         return {name: torch.cat([batch[name] for batch in taken]) for name in taken[0]}
+
+    def identify(self, indices: list[int]) -> dict[str, Array]:
+        """Say whose windows they are, as `Windows` does, and in which pool, in the order of the batch."""
+        chosen = np.asarray(indices, np.int64)
+        which = np.searchsorted(self._edges, chosen, side="right") - 1
+        found = [
+            part.identify((chosen[which == number] - self._edges[number]).tolist())
+            for number, part in enumerate(self.parts)
+            if (which == number).any()
+        ]
+        joined = {name: np.concatenate([about[name] for about in found]) for name in found[0]}
+        return joined if len(self.parts) == 1 else {"pool": np.sort(which), **joined}
 
 
 def read_pool(folder: Path | str, task: str | None = None) -> Pool:

@@ -32,6 +32,8 @@ class PlayingTask(ActingTask):
         entropy: Weight of the policy's entropy at the start and at the end of training; it falls geometrically.
     """
 
+    answer_columns = ("reward",)
+
     def __init__(
         self, optimizer: OptimizerConfig, epochs: int, minibatches: int, clip: float, entropy: tuple[float, float]
     ) -> None:

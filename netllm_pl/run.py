@@ -13,14 +13,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
-from safetensors.torch import save_file
 
+from callbacks.predictions import PredictionTable
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import LightningParser
-from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, say
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of
 from netllm_pl.task import NetTask
@@ -32,6 +31,7 @@ EXPECTED_WARNINGS = (
     "module.s. in eval mode",  # frozen encoders
     "callbacks used to create the checkpoint",  # test and predict need none of fit's
     "dirpath has changed",
+    "infer the batch indices",  # the sampler gives batches
     "is_gradient_checkpointing",  # peft asks transformers by the old name
 )
 
@@ -83,9 +83,11 @@ class CLI(LightningCLI):
         self.config = parser.read(args)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Keep Lightning from printing the metrics of a quiet test, whose table is on disk."""
+        """Keep Lightning from printing the metrics of a quiet test, and predictions in memory: both are on disk."""
         found: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        return found | ({"verbose": False} if subcommand == "test" and is_quiet() else {})
+        if subcommand == "test" and is_quiet():
+            found["verbose"] = False
+        return found | ({"return_predictions": False} if subcommand == "predict" else {})
 
     def _parse_ckpt_path(self) -> None:
         """Files and command line win over hyper-parameters stored in a checkpoint (Lightning 2.6 does the opposite)."""
@@ -112,6 +114,8 @@ class CLI(LightningCLI):
             ]
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not config.fast_dev_run:
             callbacks += self._checkpoints()
+        if self.subcommand == "predict":
+            callbacks.append(PredictionTable(free_place(self.run_dir, "predictions.parquet", "predict")))
         try:
             return super().instantiate_trainer(**(extra | {"callbacks": callbacks} | kwargs))
         except (ValueError, TypeError) as error:  # what Lightning refuses, such as an unknown accelerator
@@ -180,14 +184,11 @@ class CLI(LightningCLI):
         run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: model})
 
     def after_predict(self) -> None:
-        """Write the predictions of the test split, in its order, and say where."""
-        batches = self.trainer.predict_loop.predictions
-        if not batches:
-            return
-        path = self.run_dir / "predictions.safetensors"
-        with atomic(path) as partial:
-            save_file({"prediction": torch.cat(batches).contiguous()}, partial)
-        print(f"wrote {path}")
+        """Say where the predictions of the test split are."""
+        trainer: Any = self.trainer  # its callbacks are not declared
+        for callback in trainer.callbacks:
+            if isinstance(callback, PredictionTable) and self.trainer.is_global_zero:
+                print(f"wrote {callback.path}")
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -81,6 +81,8 @@ class NetTask(pl.LightningModule, ABC):
     monitor: ClassVar[str] = "val/loss"
     """Metric that chooses the best checkpoint."""
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
+    answer_columns: ClassVar[tuple[str, ...]] = ("prediction",)
+    """Columns of predictions.parquet: what the last axis of a prediction holds, or one name for all of it."""
 
     def __init__(self, backbone: BackboneConfig | None = None, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
@@ -148,10 +150,9 @@ class NetTask(pl.LightningModule, ABC):
         """Loss and metrics of a test batch."""
         self._evaluate("test", batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Prediction of a batch."""
-        prediction: Tensor = self(batch)
-        return prediction
+        return self(batch)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
         prediction = self(batch)

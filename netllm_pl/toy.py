@@ -182,6 +182,7 @@ class CandidateTask(DecisionTask):
 
     action_shape = (2,)
     monitor = "val/reward"
+    answer_columns = ("candidate", "gear")
     monitor_mode = "max"
 
     def __init__(

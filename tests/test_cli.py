@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from safetensors.torch import load_file
 
+from netllm_pl.checkpoint import build
 from netllm_pl.cli import main
+from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,11 @@ def test_every_config_trains_and_is_tested(config: Path, tmp_path: Path, capsys:
     assert {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "summary.csv"} <= written
     main(["test", *words(config), "--run_dir", str(tmp_path), "--ckpt_path", str(tmp_path / "run" / "best.ckpt")])
     assert np.isfinite(printed(capsys.readouterr().out, "test/loss"))
+    main(["predict", *words(config), "--run_dir", str(tmp_path), "--ckpt_path", str(tmp_path / "run" / "best.ckpt")])
+    predicted = pd.read_parquet(tmp_path / "predictions.parquet")
+    known = {"window", "video", "user", "t"}, {"episode", "policy", "step"}, {"session"}
+    assert any(names < set(predicted.columns) for names in known)
+    assert len(predicted) > 0 and not predicted.isna().any(axis=None)
 
 
 @pytest.mark.usefixtures("own_cache")
@@ -98,12 +104,23 @@ def test_predict_writes_the_predictions_of_the_test_split(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["predict", *words(VIEWPORT), "--ckpt_path", str(trained / "best.ckpt"), "--run_dir", str(tmp_path)])
-    path = tmp_path / "predictions.safetensors"
+    path = tmp_path / "predictions.parquet"
     assert f"wrote {path}" in capsys.readouterr().out
-    windows = pd.read_csv(trained / "summary.csv")["n"].iloc[0]
-    prediction = load_file(path)["prediction"]
-    assert prediction.shape == (windows, 20, 3)
-    assert prediction.isfinite().all()
+    found, _best = pd.read_parquet(path), str(trained / "best.ckpt")
+    assert list(found.columns) == ["window", "video", "user", "t", "roll", "pitch", "yaw"]
+    measured = pd.read_parquet(trained / "episodes.parquet").query("policy == @_best").reset_index(drop=True)
+    same = ["window", "video", "user", "t"]
+    pd.testing.assert_frame_equal(found[same], measured[same], check_dtype=False)
+    roll, truth = np.stack(list(found["roll"])), np.stack([_truth(trained, int(row)) for row in found["window"]])
+    error = np.abs((roll - truth + 180) % 360 - 180).mean(1)
+    np.testing.assert_allclose(error, measured["mae_roll_deg"], rtol=1e-4)
+
+
+def _truth(run: Path, window: int) -> np.ndarray:
+    """What the roll of a test window really was."""
+    data = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    data = build(NetDataModule, data["class_path"].rpartition(".")[2], data["init_args"], "data module")
+    return data.dataset("test")[[window]]["future"][0, :, 0].numpy()
 
 
 @pytest.mark.usefixtures("own_cache")

@@ -26,6 +26,7 @@ class GraphScheduler(OfflineTask):
     """
 
     monitor = "val/jct_s"
+    answer_columns = ("stage", "executors")
 
     def __init__(
         self,

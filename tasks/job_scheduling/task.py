@@ -49,6 +49,7 @@ class JobScheduling(DecisionTask):
     """
 
     monitor = "val/jct_s"
+    answer_columns = ("stage", "executors")
     action_shape = (2,)
 
     def __init__(

@@ -72,6 +72,13 @@ class ViewportDataset:
             batch["picture_ids"] = torch.from_numpy(self.pictures.ids[shown])
         return batch
 
+    def identify(self, indices: list[int]) -> dict[str, np.ndarray]:
+        """Say which windows they are: window, video, user, and t, the first sample to predict; (B,) each."""
+        rows = np.asarray(indices, dtype=np.int64)
+        trace = self.windows.trace[rows]
+        about = {"video": self.traces.video[trace], "user": self.traces.user[trace], "t": self.windows.t[rows]}
+        return {"window": rows, **about}
+
 
 class ViewportPredictionData(NetDataModule):
     """Viewport windows.
@@ -214,16 +221,8 @@ class ViewportPredictionData(NetDataModule):
                 batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
                 parts.append(window_errors(self._predict(policy, batch), batch["future"].numpy()))
                 advance(len(batch["future"]))
-        windows, traces = data.windows, data.traces
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        where = {
-            "window": np.arange(len(data)),
-            "video": traces.video[windows.trace],
-            "user": traces.user[windows.trace],
-            "t": windows.t,
-            "cluster": windows.trace,
-        }
-        return pd.DataFrame(where | columns)
+        return pd.DataFrame({**data.identify(list(range(len(data)))), "cluster": data.windows.trace, **columns})
 
     def _predict(self, policy: Any, batch: Batch) -> np.ndarray:
         if isinstance(policy, ViewportModel):

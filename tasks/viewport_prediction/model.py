@@ -90,6 +90,7 @@ class ViewportModel(NetTask):
     """
 
     monitor = "val/mae_deg"
+    answer_columns = ("roll", "pitch", "yaw")
 
     def __init__(
         self,
