@@ -3,11 +3,14 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
+from netllm_pl.rollout import Array, Observations, Policy
+from netllm_pl.timing import now
 
 
 class RolloutEvaluation(Callback):
@@ -21,12 +24,21 @@ class RolloutEvaluation(Callback):
 
     Args:
         every_n: Play at every n-th validation.
+
+    Attributes:
+        keep: Whether to keep what the data's `watch` tells of the validation episodes, for figures.
+        kept: What was kept of the last validation; None if it played nothing, or nothing was to be kept.
+        decision_ms: Milliseconds of a decision in the last episodes that were played: the policy's time over the
+            decisions of all episodes side by side. `benchmark` measures how long a single one takes.
     """
 
     def __init__(self, every_n: int = 1) -> None:
         if every_n < 1:
             raise UserError(f"RolloutEvaluation: every_n is {every_n}; it must be at least 1")
         self.every_n = every_n
+        self.keep = False
+        self.kept: dict[str, pd.DataFrame] | None = None
+        self.decision_ms: float | None = None
         self._validations = 0
         self._last: dict[str, float] = {}
 
@@ -44,6 +56,7 @@ class RolloutEvaluation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Play the validation episodes."""
+        self.kept = None
         if trainer.sanity_checking:
             return
         if trainer.state.fn == "fit":
@@ -65,11 +78,49 @@ class RolloutEvaluation(Callback):
         """Go on counting."""
         self._validations, self._last = state_dict["validations"], dict(state_dict["last"])
 
-    @staticmethod
-    def _play(trainer: Trainer, pl_module: Any, split: str, prefix: str) -> dict[str, float]:
+    def _play(self, trainer: Trainer, pl_module: Any, split: str, prefix: str) -> dict[str, float]:
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, NetDataModule):
             raise UserError("RolloutEvaluation needs a data module that knows the episodes; give the trainer one")
-        frame = data.episodes(pl_module.as_policy(), split=split)
+        policy = Timed(pl_module.as_policy())
+        if self.keep and split == "valid":
+            self.kept = data.watch(policy)
+            frame = self.kept["episodes"]
+        else:
+            frame = data.episodes(policy, split=split)
+        self.decision_ms = 1000 * policy.seconds / max(1, policy.decisions)
         means = {metric: float(frame[metric.column].mean()) for metric in data.metrics}
         return {f"{prefix}/{m.name}": float(np.sqrt(mean)) if m.root else mean for m, mean in means.items()}
+
+
+def evaluation_of(trainer: Trainer) -> RolloutEvaluation | None:
+    """Return the evaluation by rollout of a trainer, if it has one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, RolloutEvaluation)), None)
+
+
+class Timed:
+    """A policy whose decisions are timed; in all else the policy itself.
+
+    Args:
+        policy: Who decides.
+
+    Attributes:
+        seconds: That its decisions took.
+        decisions: How many there were, one an episode and step.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.seconds, self.decisions = 0.0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)  # what a policy may have beside `act`, such as `sequential`
+
+    def act(self, observations: Observations) -> Array:
+        """Decide, and note how long that took."""
+        start = now(wait=False)  # the actions are numbers on the CPU, so the device is done
+        actions = self.policy.act(observations)
+        self.seconds += now(wait=False) - start
+        self.decisions += len(actions)
+        return actions

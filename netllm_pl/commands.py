@@ -11,7 +11,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.parsing import Parser
 from netllm_pl.progress import say
 
-UNUSED = ("trainer", "ckpt_path", "weights_only", "run_dir", "save_every")
+UNUSED = ("trainer", "ckpt_path", "weights_only", "run_dir", "figures", "costs", "save_every")
 """Parts of a config of `fit` of which other commands build nothing."""
 IGNORED = ("model", *UNUSED)
 """Parts of a config of `fit` that `evaluate` and `collect` have no use for."""

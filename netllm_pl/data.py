@@ -15,6 +15,7 @@ from netllm_pl.rollout import Environment, Rollout
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from netllm_pl.evaluate import Metric
     from netllm_pl.timing import Work
@@ -165,6 +166,26 @@ class NetDataModule(pl.LightningDataModule, ABC):
         if steps:
             raise UserError(f"{type(self).__name__} has no steps, only whole predictions; leave out --steps")
         return {"episodes": self.episodes(policy)}
+
+    def watch(self, policy: Any) -> "dict[str, pd.DataFrame]":
+        """Run a policy over the validation split, or a part of it, and tell all that `figures` shows.
+
+        Returns:
+            `episodes`, and whatever else `figures` reads. Of a task that acts, `episodes` are those of the method of
+            that name: the evaluation by rollout reads its metrics off them.
+        """
+        return {"episodes": self.episodes(policy, "valid")}
+
+    def figures(self, watched: "dict[str, dict[str, pd.DataFrame]]") -> "dict[str, Figure]":
+        """Draw what policies did on the validation split (see `netllm_pl.drawing`); by default nothing.
+
+        Args:
+            watched: What `watch` told, by name of the policy: first ``model``, the one under training, then baselines.
+
+        Returns:
+            Figures by name; TensorBoard shows them as ``figures/<name>``.
+        """
+        return {}
 
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy for the episodes of a split from its name: a baseline, a checkpoint, or an exported folder."""

@@ -127,6 +127,10 @@ class DecisionData(NetDataModule):
         """
         return self._play(policy, "test", steps)
 
+    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
+        """Play the validation episodes, and tell of their steps too."""
+        return self._play(policy, "valid", steps=True)
+
     def dataset(self, split: str) -> BatchedDataset:
         """Return windows of experience, or numbers of episodes."""
         if self.experience is None and not self.pools:
@@ -139,8 +143,9 @@ class DecisionData(NetDataModule):
             pools = [recorded(self, experience, split, self.content(split))]
         return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
 
-    def _play(self, policy: Any, split: str, steps: bool) -> dict[str, pd.DataFrame]:
-        chosen, env, numbers = acting(policy), self.simulator(split), self.numbers(split)
+    def _play(self, policy: Any, split: str, steps: bool, env: Any = None) -> dict[str, pd.DataFrame]:
+        chosen, numbers = acting(policy), self.numbers(split)
+        env = self.simulator(split) if env is None else env
         env = self.logged(env) if steps else env
         # What is told of the episodes is told by the simulator, which knows those that it played last.
         size = 1 if getattr(chosen, "sequential", False) else self.eval_batch_size

@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
@@ -23,6 +25,9 @@ from netllm_pl.parsing import LightningParser
 from netllm_pl.progress import is_quiet, say
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of
 from netllm_pl.task import NetTask
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EXPECTED_WARNINGS = (
     "does not have many workers",  # data lies in memory
@@ -71,6 +76,12 @@ class CLI(LightningCLI):
             help="folder of this run: config, metrics, events, best.ckpt, last.ckpt (default: runs/TASK-TIME)",
         )
         parser.add_argument(
+            "--figures", type=bool, default=True, help="draw what the model does at validations of fit, in TensorBoard"
+        )
+        parser.add_argument(
+            "--costs", type=bool, default=True, help="log speed, memory, time of a decision and trainable share of fit"
+        )
+        parser.add_argument(
             "--save_every",
             type=int | None,
             default=None,
@@ -109,11 +120,12 @@ class CLI(LightningCLI):
         if self._get(self.config_init, "trainer").get("logger") in (None, True):
             fitting = self.subcommand == "fit"
             extra["logger"] = [
-                TensorBoardLogger(str(self.run_dir), name="", version=""),
+                TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False),
                 *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
             ]
-        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False and not config.fast_dev_run:
-            callbacks += self._checkpoints()
+        if self.subcommand == "fit" and not config.fast_dev_run:
+            callbacks += self._watchers(callbacks)
+            callbacks += [] if config.get("enable_checkpointing") is False else self._checkpoints()
         if self.subcommand == "predict":
             callbacks.append(PredictionTable(free_place(self.run_dir, "predictions.parquet", "predict")))
         try:
@@ -152,6 +164,20 @@ class CLI(LightningCLI):
 
         return [best, last, *more, ExactResume()]
 
+    def _watchers(self, own: list[Callback]) -> list[Callback]:
+        """What TensorBoard shows beside metrics, unless it is switched off or the trainer has such callbacks."""
+        from callbacks.cost import CostMonitor
+        from callbacks.figures import Figures
+        from callbacks.hyperparameters import HyperParameters
+
+        config = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_validation=True)
+        offered: dict[type[Callback], Callable[[], Callback]] = {
+            HyperParameters: lambda: HyperParameters(yaml.safe_load(config)),
+            **({CostMonitor: CostMonitor} if self._get(self.config, "costs") else {}),
+            **({Figures: Figures} if self._get(self.config, "figures") else {}),
+        }
+        return [make() for kind, make in offered.items() if not any(isinstance(each, kind) for each in own)]
+
     def before_fit(self) -> None:
         """Check a checkpoint to resume from before anything is written."""
         path = self._get(self.config, "ckpt_path")
@@ -169,8 +195,17 @@ class CLI(LightningCLI):
             return
         from netllm_pl.evaluate import run
 
-        run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
+        summary = run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
+        self._log_test(summary[summary["policy"] == str(best)])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+
+    def _log_test(self, own: "pd.DataFrame") -> None:
+        """Let TensorBoard, and so its table of hyper-parameters, have what the best checkpoint is worth."""
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                means = {f"test/{row.metric}": row.mean for row in own.itertuples()}
+                logger.log_metrics(means, self.trainer.global_step)
+                logger.finalize("success")
 
     def after_test(self) -> None:
         """Compare what was tested with the baselines on the test split."""

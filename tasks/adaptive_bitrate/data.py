@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
 from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 from tasks.adaptive_bitrate.traces import with_starts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OPTIMAL = "offline_optimal"
 CHUNK_COLUMNS = ("chunk", "bitrate", "buffer_s", "rebuffer_s", "chunk_bytes", "delay_ms", "sleep_ms", "reward")
@@ -205,6 +208,13 @@ class AdaptiveBitrateData(DecisionData):
             repeated = {name: np.repeat(values, chunks) for name, values in where.items()}
             tables["steps"] = pd.DataFrame(repeated | columns)
         return tables
+
+    def figures(self, watched: dict[str, dict[str, pd.DataFrame]]) -> "dict[str, Figure]":
+        """Draw a session, and the distribution of QoE."""
+        from tasks.adaptive_bitrate.figures import draw_qoe, draw_session  # imported late: matplotlib takes a while
+
+        session = draw_session({name: tables["steps"] for name, tables in watched.items()}, self.simulator("valid"))
+        return {"session": session, "qoe": draw_qoe({name: tables["episodes"] for name, tables in watched.items()})}
 
     # Experience -------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,11 @@ from tasks.job_scheduling.planning import Lookahead, Planner, Valued
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, without
 from tasks.job_scheduling.synthetic import SyntheticWorkload
-from tasks.job_scheduling.tables import Logged, episode_table, job_table, step_table
+from tasks.job_scheduling.tables import Logged, episode_table, job_table, step_table, task_table
 from tasks.job_scheduling.workloads import Workload
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EXPERIENCE = Experience(policies="srpt_fair:2,fair", episodes=40, eval_episodes=4, explore=0.1)
 
@@ -168,10 +171,25 @@ class JobSchedulingData(DecisionData):
 
         Returns:
             ``episodes``: completion times in s, clustered by seed; ``jobs``: one row a job; and with steps ``steps``:
-            one row a decision.
+            one row a decision; and of a simulator with a tape ``tasks``: one row a task of the first episode.
         """
         tables = {"episodes": episode_table(played, env, numbers), "jobs": job_table(env, numbers)}
+        tables |= {"tasks": task_table(env, numbers)} if env.taped else {}
         return tables | ({"steps": step_table(played, env, numbers)} if steps else {})
+
+    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
+        """Play the validation episodes, and tell also of every task of the first one: ``tasks``."""
+        plain = self.simulator("valid")
+        env = Simulator(plain.workload, plain.rules, plain.first_seed, tape=True, adviser=plain.adviser)
+        return self._play(policy, "valid", steps=False, env=env)
+
+    def figures(self, watched: dict[str, dict[str, pd.DataFrame]]) -> "dict[str, Figure]":
+        """Draw schedules of one episode, the jobs in the system over its time, and all completion times."""
+        from tasks.job_scheduling.figures import draw_completion, draw_gantt, draw_load  # imported late: matplotlib
+
+        jobs = {name: tables["jobs"] for name, tables in watched.items()}
+        schedules = draw_gantt({name: tables["tasks"] for name, tables in watched.items()})
+        return {"schedule": schedules, "jobs_in_system": draw_load(jobs), "completion": draw_completion(jobs)}
 
     # Experience -------------------------------------------------------------------------------------------------------
 

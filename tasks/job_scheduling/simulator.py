@@ -162,7 +162,7 @@ class Simulator:
         tape: bool = False,
         adviser: Callable[[Episode, Ints], object] | None = None,
     ) -> None:
-        self.workload, self.rules, self.first_seed, self._taped = workload, rules or Rules(), first_seed, tape
+        self.workload, self.rules, self.first_seed, self.taped = workload, rules or Rules(), first_seed, tape
         self.adviser = adviser
         self.plan = plan_of(workload, self.rules)
         self.table = workload.table
@@ -176,7 +176,7 @@ class Simulator:
         workload, rules = self.workload, self.rules
         stages = np.diff(workload.stage_start)[templates].sum(1)
         totals = np.add.reduceat(workload.num_tasks, workload.stage_start[:-1])
-        tasks = int(totals[templates].sum(1).max()) if self._taped else 0
+        tasks = int(totals[templates].sum(1).max()) if self.taped else 0
         hashed = rules.order == "hash"
         self.episodes = allocate(len(seeds), rules.jobs, int(stages.max()), rules.executors, tasks, hashed)
         self.episodes.times[:, :, ARRIVAL] = [episode[1] for episode in jobs]

@@ -42,6 +42,11 @@ def job_table(env: Simulator, numbers: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(where | {name: values.ravel() for name, values in jobs.items()})
 
 
+def task_table(env: Simulator, numbers: Sequence[int]) -> pd.DataFrame:
+    """Tell of every task of the first of the episodes played last: ``episode`` and the columns of `Simulator.tape`."""
+    return pd.DataFrame({"episode": numbers[0]} | env.tape(0))
+
+
 def episode_table(played: Rollout, env: Simulator, numbers: Sequence[int]) -> pd.DataFrame:
     """Tell of every episode: completion times of its jobs, their makespan, all in s; decisions; clustered by seed."""
     jobs = env.jobs()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,12 @@ from tasks.viewport_prediction.synthetic import Synthetic, generate, synthetic_s
 from tasks.viewport_prediction.traces import Traces, read_traces
 from tasks.viewport_prediction.windows import Windows, gather, make_windows
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Splits = dict[str, dict[str, list[int | str]]]
+WATCHED = 128
+"""Windows that figures show."""
 
 
 class ViewportDataset:
@@ -223,6 +228,32 @@ class ViewportPredictionData(NetDataModule):
                 advance(len(batch["future"]))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return pd.DataFrame({**data.identify(list(range(len(data)))), "cluster": data.windows.trace, **columns})
+
+    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
+        """Predict some of the validation windows, spread over all of them.
+
+        Returns:
+            ``episodes``, one row a window, and ``samples``, one row a sample (`sample_table`).
+        """
+        from tasks.viewport_prediction.figures import sample_table  # imported late: matplotlib takes a while
+
+        data = self.dataset("valid")
+        rows = np.unique(np.linspace(0, len(data) - 1, WATCHED).round().astype(int)).tolist()
+        batch = data[rows]
+        history, future = batch["history"].numpy(), batch["future"].numpy()
+        prediction = self._predict(policy, batch)
+        episodes = {"window": rows, "cluster": data.windows.trace[rows], **window_errors(prediction, future)}
+        period = float(np.median(np.diff(data.traces.times[: data.traces.lengths[0]])))
+        t_s = period * np.arange(1 - self.history, self.horizon + 1)
+        samples = sample_table(data.windows, rows, t_s, history, future, prediction)
+        return {"episodes": pd.DataFrame(episodes), "samples": samples}
+
+    def figures(self, watched: dict[str, dict[str, pd.DataFrame]]) -> "dict[str, Figure]":
+        """Draw paths of some windows, and the error over the horizon."""
+        from tasks.viewport_prediction.figures import draw_errors, draw_paths
+
+        samples = {name: tables["samples"] for name, tables in watched.items()}
+        return {"paths": draw_paths(samples), "error_over_horizon": draw_errors(samples)}
 
     def _predict(self, policy: Any, batch: Batch) -> np.ndarray:
         if isinstance(policy, ViewportModel):
