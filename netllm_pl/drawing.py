@@ -30,9 +30,9 @@ def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.0
     return figure, figure.subplots(rows, columns, squeeze=False, **more).ravel()
 
 
-def colours(names: Mapping[str, Any]) -> dict[str, str]:
-    """Give each policy a colour."""
-    return {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
+def lines(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give each policy arguments for its lines: a colour, and a place above the lines of later ones."""
+    return {name: {"color": COLOURS[k % len(COLOURS)], "zorder": 3 - k / 100} for k, name in enumerate(names)}
 
 
 def distribution(axes: Axes, samples: Mapping[str, npt.NDArray[Any]], label: str) -> None:
@@ -43,11 +43,11 @@ def distribution(axes: Axes, samples: Mapping[str, npt.NDArray[Any]], label: str
         samples: (N,) numbers by name of the policy.
         label: What they are, with their unit.
     """
-    for name, colour in colours(samples).items():
+    for name, line in lines(samples).items():
         values = np.sort(samples[name])
         share = np.arange(1, len(values) + 1) / len(values)
-        axes.step(values, share, where="post", color=colour, label=f"{name} (mean {values.mean():.4g})")
-        axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=0.8)
+        axes.step(values, share, where="post", **line, label=f"{name} (mean {values.mean():.4g})")
+        axes.axvline(values.mean(), **line, linestyle="--", linewidth=0.8)
     axes.set(xlabel=label, ylabel="share of all, up to this value", ylim=(0, 1.02))
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

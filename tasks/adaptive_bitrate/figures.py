@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from netllm_pl.drawing import blank, colours, distribution
+from netllm_pl.drawing import blank, distribution, lines
 from tasks.adaptive_bitrate.simulator import Floats, Simulator, Traces
 
 
@@ -29,16 +29,16 @@ def draw_session(steps: Mapping[str, pd.DataFrame], env: Simulator) -> Figure:
         edges = np.append(0.0, times[first][1])
         mbps = tables[first]["chunk_bytes"].to_numpy() * 8 / 1000 / tables[first]["delay_ms"].to_numpy()
     rates.stairs(mbps, edges, color="lightgrey", fill=True, label="bandwidth")
-    for row, (name, colour) in enumerate(colours(tables).items()):
+    for row, (name, line) in enumerate(lines(tables).items()):
         table, (starts, ends, waits) = tables[name], times[name]
         level = env.ladder[table["bitrate"].to_numpy()] / 1000
         qoe = table["reward"].to_numpy()[1:].mean()
-        rates.step(starts, level, where="post", color=colour, label=f"{name} (QoE {qoe:.2f})")
-        buffers.plot(ends + waits, table["buffer_s"], color=colour)
+        rates.step(starts, level, where="post", **line, label=f"{name} (QoE {qoe:.2f})")
+        buffers.plot(ends + waits, table["buffer_s"], **line)
         rebuffer = table["rebuffer_s"].to_numpy()
         stalls.broken_barh(
             [(end - stall, stall) for end, stall in zip(ends, rebuffer, strict=True) if stall > 0],
-            (row - 0.4, 0.8), color=colour,
+            (row - 0.4, 0.8), **line,
         )  # fmt: skip
     rates.set(ylabel="Mbit/s", ylim=(0, 1.3 * max(env.ladder[-1] / 1000, float(np.percentile(mbps, 75)))))
     rates.legend(fontsize=8, loc="upper right", ncols=2)

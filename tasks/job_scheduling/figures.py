@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from netllm_pl.drawing import blank, colours, distribution
+from netllm_pl.drawing import blank, distribution, lines
 
 
 def bars(tasks: pd.DataFrame) -> pd.DataFrame:
@@ -46,8 +46,8 @@ def draw_gantt(tasks: Mapping[str, pd.DataFrame]) -> Figure:
     for ax, name in zip(axes, shown, strict=True):
         rows = bars(tasks[name])
         left, right = rows["start_ms"].to_numpy() / 1000, rows["end_ms"].to_numpy() / 1000
-        low = rows["executor_id"].to_numpy() - 0.45
-        corners = np.stack([left, low, left, low + 0.9, right, low + 0.9, right, low], axis=1).reshape(-1, 4, 2)
+        low = rows["executor_id"].to_numpy() - 0.5
+        corners = np.stack([left, low, left, low + 1, right, low + 1, right, low], axis=1).reshape(-1, 4, 2)
         ax.add_collection(
             PolyCollection(list(corners), facecolors=colormap(rows["job_id"].to_numpy() % 20), linewidths=0)
         )
@@ -67,9 +67,9 @@ def draw_load(jobs: Mapping[str, pd.DataFrame]) -> Figure:
         jobs: One row a job by name of the policy (``jobs`` of `JobSchedulingData.report`).
     """
     figure, (axes,) = blank()
-    for name, colour in colours(jobs).items():
+    for name, line in lines(jobs).items():
         times, counts, jct_s = in_system(jobs[name])
-        axes.step(times, counts, where="post", color=colour, label=f"{name} (mean completion {jct_s:.1f} s)")
+        axes.step(times, counts, where="post", **line, label=f"{name} (mean completion {jct_s:.1f} s)")
     episode = next(iter(jobs.values()))["episode"].iloc[0]
     axes.set(xlabel="seconds", ylabel="jobs in the system", ylim=(0, None))
     axes.set_title(f"Validation episode {episode}", fontsize=10)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from netllm_pl.drawing import blank, colours
+from netllm_pl.drawing import blank, lines
 from tasks.viewport_prediction.baselines import Angles, circular_error, unwrap_relative
 from tasks.viewport_prediction.windows import Windows
 
@@ -58,7 +58,7 @@ def draw_paths(samples: Mapping[str, pd.DataFrame]) -> Figure:
     moved = np.abs(_unrolled(truth, seen)).max(axis=(1, 2))
     chosen = np.argsort(moved)[[round(share * (len(moved) - 1)) for share in SHOWN]]
     figure, axes = blank(2, 2, size=(8.0, 6.4))
-    colour = colours(samples)
+    line = lines(samples)
     for k, (ax, window) in enumerate(zip(axes, chosen, strict=True)):
         path = _unrolled(truth, seen)[window]
         start = truth[window, seen][-1]
@@ -68,8 +68,8 @@ def draw_paths(samples: Mapping[str, pd.DataFrame]) -> Figure:
         for name, table in samples.items():
             ahead = np.concatenate([truth[window, seen], _arrays(table)[2][window, ~seen]])
             guess = _unrolled(ahead[None], seen)[0][~seen | (times == 0)]
-            ax.plot(*guess.T, color=colour[name], linewidth=1.2, label=name)
-            ax.plot(*guess[-1], "s", color=colour[name], markersize=4)
+            ax.plot(*guess.T, **line[name], linewidth=1.2, label=name)
+            ax.plot(*guess[-1], "s", **line[name], markersize=4)
         ax.plot(0, 0, "o", color="black", markersize=4)
         ax.set_title(f"last seen at yaw {start[2]:.0f}°, pitch {start[1]:.0f}°", fontsize=9)
         ax.set(
@@ -79,7 +79,8 @@ def draw_paths(samples: Mapping[str, pd.DataFrame]) -> Figure:
         ax.grid(alpha=0.3)
         if k == 0:
             ax.legend(fontsize=8)
-    figure.suptitle(f"From half as far to furthest turned, of {len(moved)} windows; squares {times[-1]:.1f} s ahead")
+    turned = "median, upper quartile, upper tenth and most turned"
+    figure.suptitle(f"{turned} of {len(moved)} windows; squares: {times[-1]:.1f} s ahead", fontsize=10)
     return figure
 
 
@@ -91,11 +92,11 @@ def draw_errors(samples: Mapping[str, pd.DataFrame]) -> Figure:
     """
     figure, (axes,) = blank()
     count = 0
-    for name, colour in colours(samples).items():
+    for name, line in lines(samples).items():
         times, truth, predicted = _arrays(samples[name])
         error = circular_error(predicted, truth)[:, times > 0].mean(axis=(0, 2))
         count = len(truth)
-        axes.plot(times[times > 0], error, color=colour, label=f"{name} (mean {error.mean():.2f})")
+        axes.plot(times[times > 0], error, **line, label=f"{name} (mean {error.mean():.2f})")
     axes.set(xlabel="seconds ahead", ylabel="mean absolute error, degrees", ylim=(0, None))
     axes.set_title(f"Error over the horizon, {count} windows", fontsize=10)
     axes.legend(fontsize=8)
