@@ -82,13 +82,15 @@ class RolloutEvaluation(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, NetDataModule):
             raise UserError("RolloutEvaluation needs a data module that knows the episodes; give the trainer one")
-        policy = Timed(pl_module.as_policy())
+        policy = pl_module.as_policy()
+        policy = Timed(policy) if hasattr(policy, "act") else policy
         if self.keep and split == "valid":
             self.kept = data.watch(policy)
             frame = self.kept["episodes"]
         else:
             frame = data.episodes(policy, split=split)
-        self.decision_ms = 1000 * policy.seconds / max(1, policy.decisions)
+        if isinstance(policy, Timed) and policy.decisions:
+            self.decision_ms = 1000 * policy.seconds / policy.decisions
         means = {metric: float(frame[metric.column].mean()) for metric in data.metrics}
         return {f"{prefix}/{m.name}": float(np.sqrt(mean)) if m.root else mean for m, mean in means.items()}
 
