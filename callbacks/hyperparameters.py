@@ -10,6 +10,9 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
 from callbacks.events import writer_of
 
+PARTS = ("seed_everything", "model", "data", "trainer")
+"""Of a configuration, what can make two runs differ in their results."""
+
 
 class HyperParameters(Callback):
     """Lets TensorBoard's HParams tab compare runs, and its text tab show the configuration.
@@ -33,7 +36,7 @@ class HyperParameters(Callback):
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))  # Markdown: as it stands
         info = plugin_data_pb2.SessionStartInfo()
-        for name, value in flatten(self.config):
+        for name, value in flatten({name: self.config[name] for name in PARTS if name in self.config}):
             kind = "bool_value" if isinstance(value, bool) else "string_value"
             kind = "number_value" if isinstance(value, int | float) and not isinstance(value, bool) else kind
             setattr(info.hparams[name], kind, value)
@@ -57,7 +60,7 @@ class HyperParameters(Callback):
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Give the leaves of a configuration by dotted names that say what differs: without ``init_args``.
+    """Give the leaves of a configuration by dotted names: without ``init_args``, and a class by its own short name.
 
     Lists are written as text; empty values are left out.
     """
@@ -65,8 +68,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bo
         name = prefix if key == "init_args" else f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping):
             yield from flatten(value, name)
+        elif key == "class_path":
+            yield prefix, str(value).rpartition(".")[2]
         elif value is not None:
-            yield name.removesuffix(".class_path"), value if isinstance(value, bool | int | float) else str(value)
+            yield name, value if isinstance(value, bool | int | float) else str(value)
 
 
 def _write(writer: Any, tag: str, content: Any) -> None:

@@ -264,7 +264,7 @@ def test_a_configuration_is_flattened_to_what_differs() -> None:
         "trainer": {"callbacks": [{"class_path": "B"}]},
     }
     assert dict(flatten(tree)) == {
-        "seed": 0, "model": "tasks.A", "model.width": 2, "model.on": True, "model.optimizer.lr": 0.1,
+        "seed": 0, "model": "A", "model.width": 2, "model.on": True, "model.optimizer.lr": 0.1,
         "trainer.callbacks": "[{'class_path': 'B'}]",
     }  # fmt: skip
 
@@ -276,7 +276,7 @@ class Failing(SlowTask):
 
 @pytest.mark.parametrize(("task", "status"), [(SlowTask, 1), (Failing, 2)])
 def test_a_session_has_hyperparameters_and_an_end(task: type[SlowTask], status: int, tmp_path: Path) -> None:
-    callback = HyperParameters({"model": {"width": 2, "name": "x", "on": False}})
+    callback = HyperParameters({"model": {"width": 2, "name": "x", "on": False}, "run_dir": "runs/a"})
     try:
         fit(tmp_path, task(), PlainData(), [callback])
     except ValueError as error:
@@ -284,12 +284,13 @@ def test_a_session_has_hyperparameters_and_an_end(task: type[SlowTask], status: 
     contents = events(tmp_path).PluginTagToContent("hparams")
     start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG]).hparams
     assert start["model.width"].number_value == 2 and start["model.name"].string_value == "x"
+    assert "run_dir" not in start, "it differs always and means nothing"
     assert start["model.on"].HasField("bool_value") and not start["model.on"].bool_value
     end = metadata.parse_session_end_info_plugin_data(contents[metadata.SESSION_END_INFO_TAG])
     assert end.status == status
     assert metadata.EXPERIMENT_TAG not in contents, "TensorBoard would take that of one run for all"
     text = events(tmp_path).Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text == "    model:\n      width: 2\n      name: x\n      'on': false"
+    assert text == "    model:\n      width: 2\n      name: x\n      'on': false\n    run_dir: runs/a"
 
 
 # The command line -----------------------------------------------------------------------------------------------------
