@@ -45,7 +45,7 @@ def read_traces(path: Path) -> Traces:
             rows = pd.concat(files, names=["trace_name"])
         parts = {str(name): part[COLUMNS].to_numpy(np.float64).T for name, part in rows.groupby("trace_name")}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as bandwidth traces: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read as bandwidth traces: {error!r:.150}") from error
     for name, (time, mbps) in parts.items():
         if not (np.isfinite(time) & (mbps >= 0) & (mbps < np.inf)).all() or (np.diff(time) <= 0).any():
             raise UserError(f"{path}, trace {name}: expected ascending seconds and finite Mbit/s of at least 0")
