@@ -207,7 +207,8 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
                 from_config: Any = factory.from_config  # untyped there
                 model = from_config(hf, dtype=torch.float32, **attention)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"backbone {config.name}: {_first_line(error)}") from error
+        cure = "" if config.attention is None else f"; backbone.attention is {config.attention}, sdpa needs no package"
+        raise UserError(f"backbone {config.name}: {_first_line(error).rstrip('.')}{cure}") from error
     inner: PreTrainedModel = getattr(model, "language_model", model)  # LLaVA and the like: the language model only
     return inner
 

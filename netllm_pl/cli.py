@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, explained, unknown
 from netllm_pl.progress import set_quiet
 
 USAGE = """usage: python -m netllm_pl COMMAND [options]     (each command has --help)
@@ -78,11 +78,14 @@ def main(args: Sequence[str] | None = None) -> None:
         if debug:
             raise
         _fail(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "interrupted", 130)
     except Exception as error:
         if debug:
             raise
+        cure = explained(error)
+        if cure is not None:
+            _fail(f"error: {cure}", 2)
         first = (str(error).strip() or "no message").split("\n")[0]
         _fail(f"error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
 

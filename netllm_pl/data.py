@@ -1,5 +1,6 @@
 """Data modules: splits, one loader factory, and how a policy is run over the test split."""
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -241,6 +242,7 @@ class NetDataModule(pl.LightningDataModule, ABC):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_interrupts_to_the_main_process if self.num_workers else None,
             generator=torch.Generator(),  # else each epoch's start draws from the global one, and a resumed run differs
         )
 
@@ -259,6 +261,11 @@ class NetDataModule(pl.LightningDataModule, ABC):
     def predict_dataloader(self) -> Loader:
         """Loader of the test split."""
         return self.loader("test")
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches all processes, and the main one needs the others to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Rows(Dataset[Batch]):

@@ -1,7 +1,10 @@
-"""The one exception for mistakes of the user: the command line prints it without a traceback."""
+"""The one exception for mistakes of the user, which the command line prints without a traceback; and known failures."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
+from importlib import metadata
 
 
 class UserError(ValueError):
@@ -22,3 +25,49 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
     guess = f" Did you mean '{near[0]}'?" if near else ""
     listed = ", ".join(names) or "none"
     return UserError(f"unknown {kind} '{name}'.{guess} Known: {listed}.{' ' + cure if cure else ''}")
+
+
+def explained(error: BaseException) -> str | None:
+    """Say in one line what to do about a failure that is no bug: memory of the GPU, or a package that is missing.
+
+    Returns:
+        None if it is neither.
+    """
+    for cause in _causes(error):
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's; it is not imported for its name
+            return _out_of_memory(str(cause))
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            return _missing(cause.name.partition(".")[0])
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _out_of_memory(message: str) -> str:
+    from netllm_pl.backbone import BackboneConfig
+
+    sizes = re.search(r"Tried to allocate ([\d.]+ \w+).*?total capacity of ([\d.]+ \w+)", message)
+    known = {field.name for field in fields(BackboneConfig)}
+    cures = ["lower data.batch_size (fit) or data.eval_batch_size", "set model.backbone.checkpointing to true (fit)"]
+    cures += ["set model.backbone.quantize"] if "quantize" in known else []
+    where = f" (it has {sizes[2]}, {sizes[1]} more were needed)" if sizes else ""
+    return f"out of memory on the GPU{where}; {', '.join(cures)}, or keep fewer model.backbone.layers"
+
+
+def _missing(module: str) -> str:
+    """Name the extra that brings a module; of several the smallest one."""
+    extras: dict[str, set[str]] = {}
+    try:
+        for line in metadata.requires("netllm-pl") or []:
+            extra = re.search(r"extra == ['\"]([\w-]+)", line)
+            name = re.split(r"[^\w.-]", line)[0]
+            extras.setdefault(extra[1] if extra else "", set()).add(name.replace("-", "_").lower())
+    except metadata.PackageNotFoundError:  # run from a clone that is not installed
+        pass
+    found = sorted((len(names), extra) for extra, names in extras.items() if module.lower() in names)
+    package = f"'netllm-pl[{found[0][1]}]'" if found and found[0][1] else "netllm-pl" if found else module
+    return f"the module {module} is not installed; pip install {package}"

@@ -56,7 +56,7 @@ def fetch(name: str, data_dir: str | None = None, url: str | None = None) -> Pat
     if name not in SOURCES:
         discover()
     if name not in SOURCES:
-        raise unknown("source", name, SOURCES)
+        raise unknown("source", name, SOURCES, "Own data need no fetching: configs take their path.")
     source = SOURCES[name]
     if url is not None and source.url is None:
         raise UserError(f"'{name}' does not come from a URL: leave --url out.")

@@ -1,6 +1,8 @@
 """Lightning's commands: fit, validate, test, predict, from YAML with short class names."""
 
 import logging
+import shlex
+import signal
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from callbacks.interrupt import StopAndSave, Stopped
 from callbacks.predictions import PredictionTable
+from callbacks.progress import Bars, PlainProgress
+from callbacks.resume import ExactResume, SaveOften
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
@@ -37,6 +42,7 @@ EXPECTED_WARNINGS = (
     "callbacks used to create the checkpoint",  # test and predict need none of fit's
     "dirpath has changed",
     "infer the batch indices",  # the sampler gives batches
+    "ModelCheckpoint with manual optimization",  # the state after the step is wanted
     "is_gradient_checkpointing",  # peft asks transformers by the old name
 )
 
@@ -145,8 +151,6 @@ class CLI(LightningCLI):
 
     def _progress_bar(self, callbacks: list[Callback]) -> list[Callback]:
         """Show progress as the terminal can, unless the config has a bar of its own, or wants none."""
-        from callbacks.progress import Bars, PlainProgress
-
         off = is_quiet() or self._get(self.config, "trainer").get("enable_progress_bar") is False
         if off or any(isinstance(callback, ProgressBar) for callback in callbacks):
             return []
@@ -158,11 +162,27 @@ class CLI(LightningCLI):
         best = ModelCheckpoint(filename="best", monitor=task.monitor, mode=task.monitor_mode, **where)
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where)
         often = self._get(self.config, "save_every")
-        from callbacks.resume import ExactResume, SaveOften
-
         more = [SaveOften(filename="last", every_n_train_steps=often, **where)] if often else []
+        return [best, last, *more, StopAndSave(filename="last", **where), ExactResume()]
 
-        return [best, last, *more, ExactResume()]
+    def fit(self, **arguments: Any) -> None:
+        """Train; Ctrl-C leaves a checkpoint and says how to go on."""
+        try:
+            self.trainer.fit(**arguments)
+        except Stopped:
+            raise KeyboardInterrupt(f"stopped at step {self.trainer.global_step}{self._how_to_resume()}") from None
+        except SystemExit as stop:
+            if not isinstance(stop.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning had told to do nothing
+            raise KeyboardInterrupt(f"interrupted{self._how_to_resume()}") from None
+
+    def _how_to_resume(self) -> str:
+        last = self.run_dir / LAST
+        if not last.is_file():
+            return "; there is no checkpoint yet"
+        words = ["fit", "--config", str(self.run_dir / "config.yaml"), "--ckpt_path", str(last)]
+        return f"; go on with\n  python -m netllm_pl {shlex.join(words)}"
 
     def _watchers(self, own: list[Callback]) -> list[Callback]:
         """What TensorBoard shows beside metrics, unless it is switched off or the trainer has such callbacks."""

@@ -78,8 +78,8 @@ def named_video(name: str, root: Path) -> Video:
 def _public(path: Path) -> Path:
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist; set data.data_dir or NETLLM_DATA to the folder that holds abr/, or take "
-            "--data.traces synthetic --data.video generated"
+            f"{path} does not exist (`fetch` does not bring it); set data.data_dir or NETLLM_DATA to the folder that "
+            "holds abr/, or take --data.traces synthetic --data.video generated"
         )
     return path
 

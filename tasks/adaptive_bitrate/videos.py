@@ -51,7 +51,7 @@ def read_video(
             raise UserError(f"{path}: holds {len(videos)} videos; name one of {', '.join(sorted(videos))}")
         name = next(iter(videos))
     if name not in videos:
-        raise unknown("video", name, videos)
+        raise unknown("video", name, videos, "'generated' and paths of JSON files or folders of size files do, too.")
     where, video = f"{path}, video {name}", videos[name]
     if missing := [key for key in ("bitrate_kbps", "chunk_bytes") if key not in video]:
         raise UserError(f"{where}: missing {', '.join(missing)}; found {', '.join(video) or 'nothing'}")
