@@ -119,7 +119,8 @@ def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
 
 def check_weights(task: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Raise UserError unless the weights are exactly those that the task learns, shape by shape."""
-    own = {name: value for name, value in task.state_dict().items() if name in trained_names(task)}
+    trained = trained_names(task)
+    own = {name: value for name, value in task.state_dict().items() if name in trained}
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise UserError(f"the checkpoint's weights do not fit: {len(odd)} missing or unknown, such as {odd[0]}")

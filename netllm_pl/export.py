@@ -64,7 +64,8 @@ def load_exported(folder: Path) -> "NetTask":
             raise UserError(f"{file} does not fit the adapter that {config} describes")
         set_peft_model_state_dict(adapter, found)
         weights |= {name: value for name, value in task.state_dict().items() if _in_adapter(name, adapter)}
-    check_identity(task, {KEY: stored, "state_dict": {k: v for k, v in weights.items() if k in trained_names(task)}})
+    trained = trained_names(task)
+    check_identity(task, {KEY: stored, "state_dict": {k: v for k, v in weights.items() if k in trained}})
     task.load_state_dict(weights, strict=False)
     return task.eval()
 
