@@ -30,7 +30,7 @@ def download(url: str, file: Path) -> None:
             pooch.HTTPDownloader(progressbar=_Megabytes(url, stack), timeout=60)(url, str(file), None)
     except (requests.RequestException, OSError, ValueError) as error:
         raise UserError(
-            f"cannot download {url}: {_first_line(error)}\n"
+            f"cannot download {url}: {_first_line(_reason(error))}\n"
             "Go online, or name a mirror or a copy of the archive on this machine with --url."
         ) from error
 
@@ -106,6 +106,12 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(stream.read())
+
+
+def _reason(error: Exception) -> Exception:
+    """What urllib3 gave up on; what requests says of it is a line of nested brackets."""
+    found = getattr(next(iter(error.args), None), "reason", None)
+    return found if isinstance(found, Exception) else error
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from netllm_pl.rollout import rollout
-from tasks.job_scheduling.heuristics import KEEPS, SCHEMES, Heuristic, Scheme, adviser
+from tasks.job_scheduling.heuristics import KEEPS, SCHEMES, Heuristic, Scheme, adviser, play_all
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.synthetic import SyntheticWorkload, generate
 from tasks.job_scheduling.workloads import Workload, read_workload
@@ -45,6 +45,13 @@ def jct_s(simulator: Simulator) -> np.ndarray:
     return mean
 
 
+def played_in_the_kernel(name: str, simulator: Simulator) -> Simulator:
+    """The five episodes, without looking at them in between."""
+    simulator.reset(SEEDS)
+    play_all(simulator.episodes, simulator.plan, SCHEMES[name].parameters(), 0, len(SEEDS))
+    return simulator
+
+
 @pytest.mark.parametrize("name", ["sjf", "fair", "fifo"])
 def test_every_decision_is_that_of_the_published_log(name: str, golden: Path, tpch: Workload) -> None:
     log = pd.read_parquet(golden / f"det_{name}_seed1_decisions.parquet")
@@ -63,16 +70,14 @@ def test_every_decision_is_that_of_the_published_log(name: str, golden: Path, tp
 )
 def test_completion_times_with_random_durations(name: str, expected: list[float], golden: Path, tpch: Workload) -> None:
     """Those of fair and fifo are the published program's, of the seeds 1 to 5, with one digit."""
-    simulator = Simulator(tpch)
-    rollout(simulator, Heuristic(SCHEMES[name]), SEEDS)
+    simulator = played_in_the_kernel(name, Simulator(tpch))
     np.testing.assert_allclose(jct_s(simulator), expected, rtol=0, atol=0.05 + 1e-9)
 
 
 @pytest.mark.parametrize(("executors", "expected"), [(50, 63.4), (30, 163.9)])
 def test_weighted_shares_give_the_known_means(executors: int, expected: float, tpch: Workload) -> None:
     """Of the seeds 1 to 5; many like rules give one of the two, this one both."""
-    simulator = Simulator(tpch, Rules(executors=executors))
-    rollout(simulator, Heuristic(SCHEMES["weighted_fair"]), SEEDS)
+    simulator = played_in_the_kernel("weighted_fair", Simulator(tpch, Rules(executors=executors)))
     assert jct_s(simulator).mean().round(1) == expected
 
 
@@ -107,6 +112,10 @@ def test_named_schemes_end_their_episodes(name: str, generated: Workload) -> Non
     policy = Heuristic(SCHEMES[name])
     played = rollout(plain, policy, range(4))
     again = rollout(told, policy, range(4), record=True)
+    unseen = Simulator(generated, rules)
+    unseen.reset(range(4))
+    assert play_all(unseen.episodes, unseen.plan, policy.parameters, 0, 4) == played.alive.sum()
+    assert np.array_equal(unseen.jobs()["t_completed_ms"], plain.jobs()["t_completed_ms"])
     assert np.array_equal(played.actions, again.actions)
     assert np.array_equal(again.observations["advice"][again.alive], again.actions[again.alive])
     assert (again.actions[again.alive][:, 1] >= 1).all()

@@ -23,7 +23,7 @@ from netllm_pl.heads import IMPOSSIBLE
 from netllm_pl.ragged import select
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Array, Observations, rollout
-from netllm_pl.testing import check_policy, check_task, tiny_backbone
+from netllm_pl.testing import check_task, tiny_backbone
 from tasks.adaptive_bitrate import AdaptiveBitrateData
 from tasks.adaptive_bitrate.simulator import Rules as Streaming
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
@@ -34,7 +34,7 @@ from tasks.job_scheduling.synthetic import SyntheticWorkload
 
 ALL: dict[str, Any] = {"returns": True, "actions": True}
 EXPERIENCE = Experience(policies="srpt_fair,fair", episodes=4, eval_episodes=2, explore=0.3, values="lookahead")
-TRAINER = {"accelerator": "cpu", "devices": 1, "max_steps": 4, "val_check_interval": 2, "check_val_every_n_epoch": None}
+TRAINER = {"accelerator": "cpu", "devices": 1, "max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,23 +94,13 @@ def close(one: Tensor, two: Tensor) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"context": 3, "objective": "imitation", "sample": True, **ALL},
         {"stage_head": "fixed", "most_stages": 3, "both_ways": False},
     ],
 )
-def test_the_task_keeps_its_contract(settings: dict[str, Any]) -> None:
+def test_the_task_keeps_its_contract_with_settings_together(settings: dict[str, Any]) -> None:
+    """tests/test_task_contract.py changes one at a time, and knows the small model and the baselines."""
     check_task(JobScheduling, data(), width=16, head_width=16, **settings)
-
-
-@pytest.mark.parametrize("objective", ["values", "imitation"])
-def test_the_small_model_keeps_the_contract(objective: str) -> None:
-    check_task(GraphScheduler, data(), d_model=16, width=16, head_width=16, objective=objective)
-
-
-@pytest.mark.parametrize("name", ["srpt_fair", "rollout", "random"])
-def test_the_baselines_keep_theirs(name: str) -> None:
-    check_policy(data(), name)
 
 
 # Decisions ------------------------------------------------------------------------------------------------------------
@@ -183,13 +173,15 @@ class Watched(LanguageModelPolicy):
 
 @pytest.mark.parametrize("both_ways", [True, False])
 def test_streaming_equals_recomputation(both_ways: bool) -> None:
+    """Over episodes of several times the context, one of which ends before the other."""
     task = make(context=3, both_ways=both_ways, **ALL)
-    found = []
+    found, few = [], Rules(jobs=3, executors=6, arrival_rate=2e-4)
     for streaming in (True, False):
         policy = Watched(task, streaming)
-        played = rollout(data().simulator("test"), policy, [1, 2])
+        played = rollout(data(rules=few).simulator("test"), policy, [1, 2])
         found.append((policy.scores, played.actions))
-    assert np.array_equal(found[0][1], found[1][1]) and len(found[0][0]) > 50
+    steps = sorted(played.alive.sum(0))
+    assert np.array_equal(found[0][1], found[1][1]) and 4 * 3 < steps[0] < steps[1]
     for one, two in zip(found[0][0], found[1][0], strict=True):
         close(one, two)
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from netllm_pl.cli import main
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import fetch
 from netllm_pl.unpickle import read_npy
@@ -26,6 +27,7 @@ from tasks.job_scheduling.profiles_parquet import read_parquet, write_parquet
 from tasks.job_scheduling.published_npy import read_published
 from tasks.job_scheduling.workloads import LEVELS, WAVES, Workload, read_workload
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "cjs"
 PUBLISHED = {"fresh": "fresh_durations", "first": "first_wave", "rest": "rest_wave"}
 Row = dict[str, Any]
@@ -195,6 +197,26 @@ def test_what_makes_no_jobs_is_named(message: str, rows: Callable[[], list[Row]]
     assert str(error.value).startswith(str(path)) and len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("command", ["fit", "evaluate", "collect"])
+def test_the_command_line_prints_what_is_wrong_in_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever command reads the jobs, and nothing is written."""
+    path = written([stage(children=[1]), stage(number=1, children=[0])], tmp_path)
+    more = {
+        "fit": ["--model.init_args.backbone", str(CONFIGS / "llm" / "tiny_random.yaml"), "--run_dir"],
+        "evaluate": ["--policies", "fair", "--out"],
+        "collect": ["--policy", "fair", "--episodes", "2", "--out"],
+    }
+    config = ["--config", str(CONFIGS / "job_scheduling.yaml"), "--data.init_args.workload", str(path)]
+    with pytest.raises(SystemExit) as ended:
+        main([command, *config, *more[command], str(tmp_path / "out")])
+    assert ended.value.code == 2
+    wrong = f"error: {path}, job 2g/1, stage 0: it waits for itself, or leads to stages that do; remove the cycle\n"
+    assert capsys.readouterr().err.endswith(wrong)
+    assert not [file for file in tmp_path.rglob("out/*") if file.suffix in (".ckpt", ".parquet", ".csv")]
+
+
 def test_missing_columns_and_files_are_named(tmp_path: Path) -> None:
     path = written([{key: value for key, value in stage().items() if key not in ("levels", "rest")}], tmp_path)
     with pytest.raises(UserError, match="missing column levels, rest; found size, query"):
@@ -331,6 +353,16 @@ def test_fetch_brings_the_published_profiles(data_dir: Path, tmp_path: Path) -> 
     same(read_workload(path), read_workload(data_dir / "cjs" / "tpch.parquet"))
     assert fetch("tpch", str(tmp_path / "data"), url="http://127.0.0.1:9/never-asked") == path
     assert fetch("tpch", str(tmp_path / "other"), url=str(tmp_path / "tpch")).is_file()
+
+
+def test_without_a_network_fetch_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:9/decima.tar.gz"
+    with pytest.raises(SystemExit) as ended:
+        main(["fetch", "tpch", "--data_dir", str(tmp_path / "data"), "--url", url])
+    assert ended.value.code == 2 and not (tmp_path / "data").exists()
+    first, cure = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: cannot download {url}: ") and first.endswith("Connection refused")
+    assert "Max retries" not in first and "copy of the archive on this machine with --url" in cure
 
 
 def test_fetch_refuses_other_profiles_and_keeps_nothing(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ SMALL = {  # arguments that make the built-in data of a task small
         "--data.init_args.rules={chunks: 10}",
     ],
     "JobSchedulingData": [
-        "--data.init_args.synthetic={queries: 4, sizes: [2g, 5g]}",
-        "--data.init_args.rules={jobs: 5, executors: 8}",
+        "--data.init_args.synthetic={queries: 3, sizes: [2g]}",
+        "--data.init_args.rules={jobs: 3, executors: 5}",
     ],
 }
 EPISODES = ["--data.init_args.experience.episodes=8", "--data.init_args.experience.eval_episodes=4"]

@@ -131,7 +131,6 @@ def _without_paths(file: Path) -> pd.DataFrame:
         (2, 0, "validation_step"),
         (3, 0, "training_step"),
         (4, 0, "training_step"),
-        (4, 0, "validation_step"),
         (EPOCH, 0, "training_step"),
         (EPOCH + 2, 0, "training_step"),
         (EPOCH + 2, 0, "validation_step"),

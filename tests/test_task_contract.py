@@ -33,8 +33,8 @@ from tasks.viewport_prediction.synthetic import Synthetic
 
 def scheduling(experience: Experience | None) -> JobSchedulingData:
     return JobSchedulingData(
-        synthetic=SyntheticWorkload(queries=3, sizes=("2g", "5g")),
-        rules=ClusterRules(jobs=4, executors=8, arrival_rate=2e-4),
+        synthetic=SyntheticWorkload(queries=3, sizes=("2g",)),
+        rules=ClusterRules(jobs=3, executors=5, arrival_rate=2e-4),
         test_seeds=[1, 2],
         valid_seeds=[11],
         experience=experience,
