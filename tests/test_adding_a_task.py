@@ -32,6 +32,8 @@ def test_the_guide_shows_each_file_of_the_task() -> None:
     files = {*(ROOT / "tasks" / "throughput_prediction").glob("*.py"), ROOT / "configs" / "throughput_prediction.yaml"}
     assert {ROOT / file for _, file, _ in BLOCKS if file} == files
     assert all(f"`{file.relative_to(ROOT)}`" in GUIDE.read_text() for file in files)
+    lines = sum(len(file.read_text().splitlines()) for file in files if file.suffix == ".py")
+    assert f"{lines} lines of Python" in GUIDE.read_text()
 
 
 def test_the_commands_of_the_guide_run(
