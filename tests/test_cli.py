@@ -82,7 +82,7 @@ def test_every_config_trains_and_is_tested(config: Path, tmp_path: Path, capsys:
     assert np.isfinite(printed(capsys.readouterr().out, "test/loss"))
     main(["predict", *words(config), "--run_dir", str(tmp_path), "--ckpt_path", str(tmp_path / "run" / "best.ckpt")])
     predicted = pd.read_parquet(tmp_path / "predictions.parquet")
-    known = {"window", "video", "user", "t"}, {"episode", "policy", "step"}, {"session"}
+    known = {"window", "video", "user", "t"}, {"episode", "policy", "step"}, {"session"}, {"sample"}
     assert any(names < set(predicted.columns) for names in known)
     assert len(predicted) > 0 and not predicted.isna().any(axis=None)
 
