@@ -20,6 +20,7 @@ train and run, configured by YAML and --key value
   predict    write the predictions of a checkpoint on the test split
 compare, collect and take away
   evaluate   run baselines and checkpoints on the same test windows or episodes; one table with intervals
+  compare    one table and one picture of several runs
   collect    run policies in a task's simulator and write an experience pool, or convert a published one
   benchmark  measure training, decisions and simulators beside what the machine can do
   export     write a checkpoint as a PEFT adapter folder, encoder and head
@@ -43,7 +44,7 @@ def _own(command: str, args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
-    **dict.fromkeys(("evaluate", "collect", "benchmark", "export", "fetch"), _own),
+    **dict.fromkeys(("evaluate", "compare", "collect", "benchmark", "export", "fetch"), _own),
 }
 
 

@@ -96,6 +96,17 @@ def benchmark(args: list[str]) -> None:
     run(built.model, built.data, config.out, repeats, config.quick, trainer, noted)
 
 
+def compare(args: list[str]) -> None:
+    """Compare runs of `fit`: one table, and one picture of their learning curves."""
+    parser = _parser("compare", compare.__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, such as runs/*")
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for compare.csv and compare.png")
+    config = parser.read(args)
+    from netllm_pl.compare import compare as write
+
+    write(config.runs, config.out)
+
+
 def export(args: list[str]) -> None:
     """Write a checkpoint as a folder to take away: PEFT adapter, encoder_head.safetensors, config.yaml."""
     parser = _parser("export", export.__doc__)

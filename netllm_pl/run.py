@@ -13,7 +13,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
@@ -28,7 +28,7 @@ from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import LightningParser
 from netllm_pl.progress import is_quiet, say
-from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of
+from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of, note_run
 from netllm_pl.task import NetTask
 
 if TYPE_CHECKING:
@@ -163,12 +163,16 @@ class CLI(LightningCLI):
         last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **where)
         often = self._get(self.config, "save_every")
         more = [SaveOften(filename="last", every_n_train_steps=often, **where)] if often else []
-        return [best, last, *more, StopAndSave(filename="last", **where), ExactResume()]
+        # Lightning adds a timer of its own where the time is limited.
+        timer = [] if self._get(self.config, "trainer").get("max_time") else [Timer()]
+        return [best, last, *more, StopAndSave(filename="last", **where), ExactResume(), *timer]
 
     def fit(self, **arguments: Any) -> None:
         """Train; Ctrl-C leaves a checkpoint and says how to go on."""
+        finished = False
         try:
             self.trainer.fit(**arguments)
+            finished = True
         except Stopped:
             raise KeyboardInterrupt(f"stopped at step {self.trainer.global_step}{self._how_to_resume()}") from None
         except SystemExit as stop:
@@ -176,6 +180,15 @@ class CLI(LightningCLI):
                 raise
             signal.signal(signal.SIGINT, signal.default_int_handler)  # which Lightning had told to do nothing
             raise KeyboardInterrupt(f"interrupted{self._how_to_resume()}") from None
+        finally:
+            self._note(finished)
+
+    def _note(self, finished: bool) -> None:
+        """Leave run.json behind, if anything was trained."""
+        trainer: Any = self.trainer  # its callbacks are not declared
+        timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+        if timer is not None and trainer.is_global_zero and trainer.global_step:
+            note_run(self.run_dir, self.model, trainer.global_step, timer.time_elapsed(), finished)
 
     def _how_to_resume(self) -> str:
         last = self.run_dir / LAST

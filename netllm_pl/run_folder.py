@@ -1,15 +1,21 @@
 """The folder of a run: its name, and that no run writes over another."""
 
+import json
 import os
 import re
 from datetime import datetime
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from netllm_pl import __version__
 from netllm_pl.errors import UserError
+from netllm_pl.paths import atomic
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-RESULTS = "summary.csv"
-OF_A_RUN = (LAST, BEST, "metrics.csv", RESULTS)
+TABLE, RESULTS, NOTE = "metrics.csv", "summary.csv", "run.json"
+OF_A_RUN = (LAST, BEST, TABLE, RESULTS)
 """Files that show that a folder holds a run."""
 INHERITED = "NETLLM_RUN_DIR"
 """Environment variable in which the first process of a run tells those that it starts where the run goes."""
@@ -71,9 +77,34 @@ def claim(folder: Path, checkpoint: str | None) -> None:
         last = folder / LAST
         cure = f"go on with it: --ckpt_path {last}" if last.exists() else f"remove it ({found} is there)"
         raise UserError(f"{folder} holds a run already; give another --run_dir, or {cure}")
-    metrics = folder / "metrics.csv"
+    metrics = folder / TABLE
     if metrics.is_file():
         metrics.rename(metrics.with_stem(f"metrics-part{len(list(folder.glob('metrics*.csv')))}"))
+
+
+def note_run(folder: Path, task: nn.Module, steps: int, seconds: float, finished: bool) -> None:
+    """Write run.json: what `compare` tells of a run beside its metrics.
+
+    Args:
+        folder: Folder of the run.
+        task: What was trained.
+        steps: Training steps that were taken, in all parts of the run.
+        seconds: How long they took.
+        finished: Whether it trained to its end.
+    """
+    weights = [(weight.numel(), weight.requires_grad) for weight in task.parameters()]
+    note = {
+        "version": __version__,
+        "task": type(task).__name__,
+        "finished": finished,
+        "steps": steps,
+        "train_s": round(seconds, 2),
+        "parameters": sum(size for size, _ in weights),
+        "trained_parameters": sum(size for size, trained in weights if trained),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    with atomic(folder / NOTE) as temporary:
+        temporary.write_text(json.dumps(note, indent=2) + "\n")
 
 
 def free_place(folder: Path, file: str, command: str) -> Path:
