@@ -302,13 +302,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     viewport = ["--config", str(GRU), *SMOKE, "--data.init_args.synthetic={videos: 6, users: 6, seconds: 30}"]
     off = ["--figures=false", "--costs=false"]
+    own = ["--trainer.callbacks+=Figures", "--trainer.callbacks.share=1.0", "--trainer.callbacks.baselines=[linear]"]
     streaming = [
         "--config", str(HINDSIGHT), *SMOKE, "--data.init_args.synthetic={traces: 6, duration_s: 60}",
         "--data.init_args.rules={chunks: 10}", "--data.init_args.experience={episodes: 8, eval_episodes: 4}",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NETLLM_CACHE", str(folder / "cache"))
-        for name, words in (("viewport", viewport), ("off", [*viewport, *off]), ("streaming", streaming)):
+        todo = {"viewport": viewport, "off": [*viewport, *off], "own": [*viewport, *own], "streaming": streaming}
+        for name, words in todo.items():
             main(["fit", *words, "--run_dir", str(folder / name)])
     return folder
 
@@ -339,6 +341,12 @@ def test_it_can_be_switched_off_and_changes_no_result(runs: Path) -> None:
     assert {"train/loss", "val/loss"} <= set(tags["scalars"])
     for tag in ("train/loss", "val/loss", "test/mae_deg"):
         assert scalars(runs / "off", tag) == scalars(runs / "viewport", tag)
+
+
+def test_a_callback_of_the_config_replaces_the_default_one(runs: Path) -> None:
+    (drawn,), (default,) = (events(runs / name).Images("figures/error_over_horizon") for name in ("own", "viewport"))
+    assert drawn.step == default.step == 1
+    assert drawn.encoded_image_string != default.encoded_image_string, "another baseline"
 
 
 def test_a_runs_config_serves_other_commands(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
