@@ -36,7 +36,7 @@ class Figures(Callback):
         self.share, self.baselines = share, baselines
         self.spent_s = 0.0
         """Seconds that this took so far."""
-        self._expected = 0.0
+        self._expected = self._watching_s = 0.0
         self._began = 0.0
         self._due = False
         self._own: Tables | None = None
@@ -48,7 +48,7 @@ class Figures(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is drawn, and tell the evaluation by rollout to keep its episodes."""
-        self._own = None
+        self._own, self._watching_s = None, 0.0
         self._due = not trainer.sanity_checking and self._draws(trainer) and self._affordable(trainer)
         evaluation = evaluation_of(trainer)
         if evaluation is not None:
@@ -61,7 +61,7 @@ class Figures(Callback):
         start = time.perf_counter()
         with isolate_rng(), trainer.precision_plugin.val_step_context(), torch.no_grad():
             self._own = _data(trainer).watch(pl_module)
-        self._took(start)
+        self._watching_s = self._took(start)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
@@ -85,7 +85,7 @@ class Figures(Callback):
                     trainer.fit_loop.epoch_loop._batches_that_stepped,
                     dataformats="HWC",
                 )
-        self._expected = self._took(start)
+        self._expected = self._watching_s + self._took(start)
 
     def _draws(self, trainer: Trainer) -> bool:
         data = getattr(trainer, "datamodule", None)

@@ -215,6 +215,19 @@ def test_drawing_keeps_to_its_share(share: float, drawn: list[int], clock: Clock
     assert data.title == "model one two"
 
 
+class WatchedData(DrawingData):
+    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
+        self.clock.seconds += 4 if isinstance(policy, NetTask) else 0
+        return super().watch(policy)
+
+
+@pytest.mark.parametrize(("share", "drawn"), [(0.7, [4, 19]), (0.77, [4, 14, 19])])
+def test_predicting_for_figures_counts_too(share: float, drawn: list[int], clock: Clock, tmp_path: Path) -> None:
+    """At the third validation 27 + 7 s would be spent of 46.5 s."""
+    fit(tmp_path, SlowTask(clock), WatchedData(clock), [Figures(share)])
+    assert [image.step for image in events(tmp_path).Images("figures/lines")] == drawn
+
+
 @pytest.mark.usefixtures("clock")
 def test_drawing_changes_no_losses(tmp_path: Path) -> None:
     losses = []

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Splits = dict[str, dict[str, list[int | str]]]
-WATCHED = 128
+WATCHED = 64
 """Windows that figures show."""
 
 
