@@ -222,14 +222,18 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where everything is and compare the best checkpoint with the baselines on the test split."""
-        # A run that ends before its first validation has no best checkpoint.
+        if self._get(self.config, "trainer").fast_dev_run or not self.trainer.global_step:
+            return
+        # A run that ends before its first validation has no best checkpoint, and one may be told to write none at all.
         best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
-        if best is None or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
             return
         from netllm_pl.evaluate import run
 
-        summary = run(self.datamodule, [*self.datamodule.compared, str(best)], self.run_dir)
-        self._log_test(summary[summary["policy"] == str(best)])
+        name = type(self.model).__name__ if best is None else str(best)
+        ready = {name: self._on_device()} if best is None else {}
+        summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
+        self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
 
     def _log_test(self, own: "pd.DataFrame") -> None:
@@ -247,16 +251,21 @@ class CLI(LightningCLI):
         from netllm_pl.evaluate import run
 
         name = self._get(self.config, "ckpt_path") or type(self.model).__name__
-        model = self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         place = free_place(self.run_dir, RESULTS, "test")
-        run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: model})
+        run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: self._on_device()})
+
+    def _on_device(self) -> Any:
+        """Return the model, ready to be asked."""
+        return self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def after_predict(self) -> None:
         """Say where the predictions of the test split are."""
         trainer: Any = self.trainer  # its callbacks are not declared
         for callback in trainer.callbacks:
             if isinstance(callback, PredictionTable) and self.trainer.is_global_zero:
-                print(f"wrote {callback.path}")
+                print(
+                    f"wrote {callback.path if trainer.world_size == 1 else callback.folder / 'predictions-*.parquet'}"
+                )
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -178,6 +178,13 @@ def test_a_run_without_a_terminal_writes_plain_lines_and_its_table(
 
 
 @pytest.mark.usefixtures("own_cache")
+def test_a_run_that_writes_no_checkpoint_has_a_table_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *small("--run_dir", str(tmp_path / "run"), "--trainer.enable_checkpointing", "false")])
+    assert not list((tmp_path / "run").glob("*.ckpt"))
+    assert re.search(r"ViewportGRU is (better|worse) than static by", capfd.readouterr().out)
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_quiet_commands_say_where_the_result_is_and_nothing_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
