@@ -47,6 +47,12 @@ class Bars(RichProgressBar):
         attach(None)
         super().teardown(trainer, pl_module, stage)
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Name the epoch; Lightning counts to -2 where the steps are limited and the epochs are not."""
+        if self.trainer.max_epochs == -1:
+            return f"Epoch {current_epoch}".ljust(len(self.validation_description))
+        return super()._get_train_description(current_epoch)
+
 
 class PlainProgress(ProgressBar):
     """Lines on standard error: every few seconds how far it is and how long it will take; each validation's metrics."""

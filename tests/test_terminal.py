@@ -149,6 +149,15 @@ def test_lightning_keeps_its_bars_when_work_is_done_inside(terminal: Terminal) -
     assert [task.description for task in bars.tasks if task.visible] == ["Epoch", "Validation"]
 
 
+@pytest.mark.parametrize(("epochs", "text"), [(-1, "Epoch 3   "), (8, "Epoch 3/7 ")])
+def test_epochs_are_counted_to_their_number_if_there_is_one(epochs: int, text: str) -> None:
+    from callbacks.progress import Bars
+
+    bars = Bars()
+    bars._trainer = SimpleNamespace(max_epochs=epochs)
+    assert bars._get_train_description(3) == text
+
+
 # Commands -------------------------------------------------------------------------------------------------------------
 
 
