@@ -11,9 +11,11 @@ import pytest
 
 from netllm_pl.rollout import Observations, rollout
 from netllm_pl.testing import check_environment
+from tasks.job_scheduling.batch import pick
 from tasks.job_scheduling.heuristics import SCHEMES, Heuristic, Scheme, adviser
 from tasks.job_scheduling.planning import Lookahead, Planner, Valued
-from tasks.job_scheduling.simulator import Rules, Simulator
+from tasks.job_scheduling.simulator import EXTRA_FEATURES, JOB_FEATURES, Rules, Simulator
+from tasks.job_scheduling.state import ACTIVE, BASE, BUSY, PROFILE, STAGES, TARGET, UNFINISHED
 from tasks.job_scheduling.synthetic import SyntheticWorkload, generate
 from tasks.job_scheduling.workloads import Workload
 
@@ -59,6 +61,54 @@ def test_the_episode_stays_as_it_is(stream: str, workload: Workload) -> None:
     assert looked > 100
 
 
+def test_what_is_told_of_running_tasks(workload: Workload) -> None:
+    """Expected ends go by medians of profiles; any task that runs is given a quarter of its median at least."""
+    env = simulator(workload)
+    overdue = 0
+    for seen in walk(env, range(3)):
+        for n in np.flatnonzero(~env.over):
+            ep = pick(env.episodes, n)
+            now, row = ep.clock[0], 0
+            for j in ep.active[: ep.glob[ACTIVE]]:
+                first = []
+                for s in range(ep.jobs[j, BASE], ep.jobs[j, BASE] + ep.jobs[j, STAGES]):
+                    if not ep.stages[s, UNFINISHED]:
+                        continue
+                    tasks = ep.task[(ep.executors[:, BUSY] == 1) & (ep.executors[:, TARGET] == s)]
+                    ends = np.maximum(tasks.sum(1), now + tasks[:, 1] / 4) - now
+                    overdue += int((tasks.sum(1) < now).sum())
+                    told = dict(zip(EXTRA_FEATURES, seen["extra"][n][row], strict=True))
+                    assert told["running"] == len(ends)
+                    wanted = (ends.min(initial=np.inf), ends.mean()) if len(ends) else (0.0, 0.0)
+                    np.testing.assert_allclose([told["first_end_s"], told["mean_end_s"]], np.divide(wanted, 1e3), 1e-5)
+                    medians = workload.medians[ep.stages[s, PROFILE]]
+                    for name, place in (("usual_5_s", (0, 2)), ("usual_50_s", (4, 2)), ("usual_fresh_s", (4, 0))):
+                        usual = ep.recent[s] if np.isnan(medians[place]) else medians[place]
+                        assert told[name] == np.float32(usual / 1e3)
+                    first += ends.tolist()
+                    row += 1
+                soon = seen["jobs"][n][list(ep.active).index(j), JOB_FEATURES.index("first_end_s")]
+                np.testing.assert_allclose(soon, min(first, default=0.0) / 1e3, 1e-5)
+    assert overdue > 20
+
+
+def test_it_does_not_know_when_running_tasks_end(workload: Workload) -> None:
+    """Drawn durations of running tasks are the future; only what is usual, and that a task still runs, is known."""
+    env = simulator(workload, replace(RULES, moving_delay_ms=0.0))
+    planner, checked = Planner(AHEAD), 0
+    for step, _ in enumerate(walk(env, range(3))):
+        planner.watch(env) if step == 0 else None
+        ep = env.episodes
+        found = planner.look()
+        before = ep.due.copy()
+        ep.due[:] = ep.clock + 3 * (ep.due - ep.clock)  # in the same order; moves are due now
+        for one, two in zip(found, planner.look(), strict=True):
+            assert np.array_equal(one, two)
+        checked += int((ep.due != before).sum())
+        ep.due[:] = before
+    assert checked > 100
+
+
 def test_threads_and_company_do_not_change_the_answer(workload: Workload) -> None:
     env = simulator(workload)
     planners = [Planner(AHEAD, threads) for threads in (1, 2, 5, 100)]
@@ -100,7 +150,10 @@ def test_candidates_are_possible_and_differ(workload: Workload) -> None:
 
 
 def test_costs_are_what_happens_if_nothing_is_random_and_nobody_comes(workload: Workload) -> None:
-    """All jobs are there and durations are medians: with a long horizon, the scheme's own cost comes true."""
+    """All jobs are there and durations are medians: with a long horizon, the scheme's own cost comes true.
+
+    But for tasks that run already, which are given a quarter of their time at least.
+    """
     rules = Rules(jobs=5, executors=8, arrival_rate=1e6, stream="median", order="ascending")
     env = simulator(workload, rules)
     planner = Planner(Lookahead(horizon_s=1e6))
@@ -120,7 +173,7 @@ def test_costs_are_what_happens_if_nothing_is_random_and_nobody_comes(workload: 
     while not env.over.all():
         seen = env.step(seen["advice"])[0]
     spent_s = (env.jobs()["t_completed_ms"] - now[:, None]).sum(1) / 1000
-    np.testing.assert_allclose(costs[:, 0], spent_s, rtol=1e-9)
+    np.testing.assert_allclose(costs[:, 0], spent_s, rtol=5e-3)
 
 
 def test_the_planner_is_better_than_what_it_looks_ahead_with(workload: Workload) -> None:

@@ -7,18 +7,21 @@ episode; capitals with a bar in comments are sums over episodes.
 import numpy as np
 
 from netllm_pl.kernels import njit
-from tasks.job_scheduling.bookkeeping import committable, demand, find_choices, pool_job
+from tasks.job_scheduling.bookkeeping import committable, demand, expected, find_choices, pool_job
 from tasks.job_scheduling.engine import act, arrive, job_time
 
 from tasks.job_scheduling.state import (  # isort: skip
-    ACTIVE, ARRIVAL, ARRIVED, BASE, CHOICES, COMMITTED, COMMON, COMPLETED, EXECUTOR, GLOB, HOME, INCOMPLETE, JOB,
-    LAST, LOCAL, MOVING, NONE, OPEN, OWNER, PICKED, POOL, PROFILE, REMAINING, SEED, SIZE, SOURCE, STAGE, STAGES,
-    SUPPLY, TAPE, TEMPLATE, TIME, UNFINISHED, UNSTARTED, WAITING, WORK, Episode, Floats, Ints, Plan,
+    ACTIVE, ARRIVAL, ARRIVED, BASE, BUSY, CHOICES, COMMITTED, COMMON, COMPLETED, EXECUTOR, GLOB, HOME, INCOMPLETE,
+    JOB, LAST, LOCAL, MOVING, NONE, OPEN, OWNER, PENDING, PICKED, POOL, PROFILE, REMAINING, SEED, SIZE, SOURCE,
+    STAGE, STAGES, SUPPLY, TAPE, TARGET, TEMPLATE, TIME, UNFINISHED, UNSTARTED, WAITING, WORK, Episode, Floats, Ints,
+    Plan,
 )  # fmt: skip
 from tasks.job_scheduling.streams import EMPTY, add, capacity, counted, uniform
 
-NODES, EXTRA, JOBS = 5, 8, 10
+NODES, EXTRA, JOBS = 5, 15, 11
 """Features of a node as published, further ones, and those of a job; `Simulator` tells them."""
+USUAL = ((0, 2), (2, 2), (4, 2), (4, 1), (4, 0))
+"""Levels and waves of the usual durations that are told of a stage: 5, 20 and 50 executors; first and fresh tasks."""
 DECISION = 7
 """Columns of what `step` tells of a decision."""
 
@@ -37,6 +40,7 @@ def allocate(episodes: int, jobs: int, stages: int, executors: int, tasks: int, 
         recent=np.zeros((episodes, stages)),
         executors=np.zeros((episodes, executors, EXECUTOR), np.int64),
         due=np.zeros((episodes, executors)),
+        task=np.zeros((episodes, executors, 2)),
         heap=np.zeros((episodes, executors), np.int64),
         pools=np.zeros((episodes, pools, 2), np.int64),
         commitments=np.zeros((episodes, 2 * executors + 2, 3), np.int64),
@@ -55,8 +59,8 @@ def pick(all_episodes: Episode, i: int) -> Episode:
     a = all_episodes
     return Episode(
         a.glob[i], a.clock[i], a.jobs[i], a.times[i], a.active[i], a.stages[i], a.recent[i], a.executors[i], a.due[i],
-        a.heap[i], a.pools[i], a.commitments[i], a.choices[i], a.twister[i], a.tables[i], a.shapes[i], a.tape[i],
-        a.idle[i],
+        a.task[i], a.heap[i], a.pools[i], a.commitments[i], a.choices[i], a.twister[i], a.tables[i], a.shapes[i],
+        a.tape[i], a.idle[i],
     )  # fmt: skip
 
 
@@ -181,13 +185,20 @@ def observe(ep, plan, nodes, extra, edges, heights, job_nodes, jobs, caps, stage
     """
     executors, free = len(ep.executors), committable(ep)
     source = pool_job(ep, ep.glob[SOURCE])
+    soonest, total = np.full(len(ep.recent), np.inf), np.zeros(len(ep.recent))
+    for at in range(ep.glob[PENDING]):
+        e = ep.heap[at]
+        if ep.executors[e, BUSY]:
+            s, left = ep.executors[e, TARGET], expected(ep, e) - ep.clock[0]
+            soonest[s] = min(soonest[s], left)
+            total[s] += left
     node = edge = choice = 0
     number = np.empty(64, np.int64)
     for a in range(ep.glob[ACTIVE]):
         j = ep.active[a]
         row = ep.jobs[j]
         cap = free if j == source else min(max(executors - row[SUPPLY], 0), free)
-        begin, work, remaining = node, 0.0, 0
+        begin, work, remaining, free_soon = node, 0.0, 0, np.inf
         if row[STAGES] > len(number):
             number = np.empty(row[STAGES], np.int64)
         for s in range(row[BASE], row[BASE] + row[STAGES]):
@@ -208,6 +219,13 @@ def observe(ep, plan, nodes, extra, edges, heights, job_nodes, jobs, caps, stage
             extra[node, 0], extra[node, 1], extra[node, 2] = recent / 1e3, left, stage[UNFINISHED] - left
             extra[node, 3], extra[node, 4], extra[node, 5] = stage[MOVING], stage[COMMITTED], demand(ep, s)
             extra[node, 6], extra[node, 7] = stage[WAITING], wanted
+            running = stage[UNFINISHED] - left
+            extra[node, 8] = soonest[s] / 1e3 if running > 0 and soonest[s] < np.inf else 0.0
+            extra[node, 9] = total[s] / running / 1e3 if running > 0 else 0.0
+            for k in range(len(USUAL)):
+                usual = plan.medians[stage[PROFILE], USUAL[k][0], USUAL[k][1]]
+                extra[node, 10 + k] = (recent if np.isnan(usual) else usual) / 1e3
+            free_soon = min(free_soon, soonest[s])
             heights[node] = plan.height[stage[PROFILE]]
             work += left * recent / 1e3
             remaining += left
@@ -223,6 +241,7 @@ def observe(ep, plan, nodes, extra, edges, heights, job_nodes, jobs, caps, stage
         told[0], told[1], told[2], told[3] = row[SUPPLY], row[LOCAL], cap, j == source
         told[4], told[5], told[6], told[7] = work, remaining, row[INCOMPLETE], row[UNSTARTED]
         told[8], told[9] = (ep.clock[0] - ep.times[j, ARRIVAL]) / 1e3, ep.pools[1 + j, SIZE]
+        told[10] = free_soon / 1e3 if free_soon < np.inf else 0.0
 
 
 @njit(nogil=True)

@@ -23,19 +23,25 @@ def _earlier(ep, a, b):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def push(ep, e, s, time):  # type: ignore[no-untyped-def]
-    """An executor will arrive at a stage, or end a task of it."""
+def enter(ep, e):  # type: ignore[no-untyped-def]
+    """Put an executor with an event into the heap."""
     glob, heap = ep.glob, ep.heap
-    ep.executors[e, TARGET] = s
-    ep.executors[e, ORDER] = glob[SEQUENCE]
-    ep.due[e] = time
-    glob[SEQUENCE] += 1
     at = glob[PENDING]
     glob[PENDING] += 1
     while at > 0 and _earlier(ep, e, heap[(at - 1) // 2]):
         heap[at] = heap[(at - 1) // 2]
         at = (at - 1) // 2
     heap[at] = e
+
+
+@inlined
+def push(ep, e, s, time):  # type: ignore[no-untyped-def]
+    """An executor will arrive at a stage, or end a task of it."""
+    ep.executors[e, TARGET] = s
+    ep.executors[e, ORDER] = ep.glob[SEQUENCE]
+    ep.due[e] = time
+    ep.glob[SEQUENCE] += 1
+    enter(ep, e)
 
 
 @inlined
@@ -58,6 +64,18 @@ def pop(ep):  # type: ignore[no-untyped-def]
         at = child
     heap[at] = moved
     return first
+
+
+@inlined
+def expected(ep, e):  # type: ignore[no-untyped-def]
+    """When an executor's event happens as far as a scheduler can know, ms.
+
+    A task takes as long as such tasks usually do (the median), but from now on at least a quarter of that.
+    """
+    if not ep.executors[e, BUSY]:
+        return ep.due[e]  # moves take the same time always
+    began, usual = ep.task[e]
+    return max(began + usual, ep.clock[0] + usual / 4)
 
 
 # Bookkeeping ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ FRESH, FIRST, REST = range(3)
 
 @inlined
 def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
-    """Draw how long a task takes; return level, wave, warm-up and duration."""
+    """Draw how long a task takes; return level, wave, warm-up, duration, and what is usual."""
     row = ep.stages[s]
     local = ep.jobs[row[OWNER], LOCAL]
     level, right = plan.left[local], plan.right[local]
@@ -50,10 +50,11 @@ def _duration(ep, plan, e, s):  # type: ignore[no-untyped-def]
         wave = REST
     elif sizes[FIRST] == 0:
         wave = FRESH
+    usual = plan.medians[profile, level, wave] + warm
     if stream == MEDIAN:
-        return level, wave, warm, plan.medians[profile, level, wave] + warm
+        return level, wave, warm, usual, usual
     at = below(ep.twister, sizes[wave]) if stream == MERSENNE else int(counted(ep) * sizes[wave])
-    return level, wave, warm, plan.durations[plan.wave_start[profile, level, wave] + at] + warm
+    return level, wave, warm, plan.durations[plan.wave_start[profile, level, wave] + at] + warm, usual
 
 
 @inlined
@@ -63,8 +64,9 @@ def _start(ep, plan, e, s):  # type: ignore[no-untyped-def]
     j = ep.stages[s, OWNER]
     if ep.stages[s, REMAINING] == 0:
         ep.jobs[j, UNSTARTED] -= 1
-    level, wave, warm, duration = _duration(ep, plan, e, s)
+    level, wave, warm, duration, usual = _duration(ep, plan, e, s)
     ep.recent[s] = duration
+    ep.task[e, 0], ep.task[e, 1] = ep.clock[0], usual
     ep.executors[e, BUSY] = 1
     ep.executors[e, LAST] = s
     if len(ep.tape):

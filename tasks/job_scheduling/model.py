@@ -23,7 +23,7 @@ COLUMNS = ("nodes", "extra", "edges", "job_nodes", "jobs", "caps", "stages", "li
 """Columns of the observation that are read."""
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1)
 """Executors that may be chosen: these parts of those that a stage can use, and what the advice says."""
-NODE_FEATURES, JOB_FEATURES, COUNT_FEATURES = 13, 14, 9
+NODE_FEATURES, JOB_FEATURES, COUNT_FEATURES = 20, 15, 9
 GAIN, HUBER = 30.0, 3.0
 """Job-seconds: gains over the advice are cut at the first; errors up to the second are squared."""
 SCALE = 5.0
@@ -76,14 +76,14 @@ class StateEncoder(nn.Module):
 
 
 def node_features(batch: Batch) -> Tensor:
-    """Features of nodes (M, 13), near one: the published ones, and logarithms of what is known besides."""
+    """Features of nodes (M, 20), near one: the published ones, and logarithms of what is known besides."""
     nodes, extra = batch["nodes"].float(), batch["extra"].float()
     published = torch.cat([nodes[:, :3], nodes[:, 3:].clamp_max(5.0)], dim=1)
     return torch.cat([published, torch.log1p(extra.clamp_min(0)) / 3], dim=1)
 
 
 def job_features(batch: Batch, graphs: Graphs) -> Tensor:
-    """Features of jobs (J, 14), near one: logarithms, how they compare with the others, and what they could get."""
+    """Features of jobs (J, 15), near one: logarithms, how they compare with the others, and what they could get."""
     jobs = batch["jobs"].float()
     work, unstarted = jobs[:, 4], jobs[:, 7] > 0
     group, groups = graphs.group, graphs.groups

@@ -1,7 +1,8 @@
 """Looks ahead: a hand-written scheduler goes on after each candidate decision, in a copy of the episode.
 
 The copy knows what a scheduler can know: no job arrives in it that has not arrived yet, and tasks take the median of
-their profiles. Rollouts as policy improvement: Bertsekas, Tsitsiklis and Wu (1997). Shapes: N episodes, C candidates.
+their profiles, those that are running too (`expected`). Rollouts as policy improvement: Bertsekas, Tsitsiklis and Wu
+(1997). Shapes: N episodes, C candidates.
 """
 
 import os
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from netllm_pl.kernels import njit
 from tasks.job_scheduling.batch import allocate, pick
-from tasks.job_scheduling.bookkeeping import committable, demand
+from tasks.job_scheduling.bookkeeping import committable, demand, enter, expected
 from tasks.job_scheduling.engine import act
 from tasks.job_scheduling.heuristics import Scheme, choose, first_choices, works
 from tasks.job_scheduling.simulator import Observations, Simulator, plan_of
@@ -26,6 +27,7 @@ from tasks.job_scheduling.state import (
     CHOICES,
     COMPLETED,
     NONE,
+    PENDING,
     SEQUENCE,
     Floats,
     Ints,
@@ -66,8 +68,12 @@ def copy(ep, to):  # type: ignore[no-untyped-def]
     to.stages[:] = ep.stages
     to.recent[:] = ep.recent
     to.executors[:] = ep.executors
-    to.due[:] = ep.due
-    to.heap[:] = ep.heap
+    to.task[:] = ep.task
+    to.glob[PENDING] = 0
+    for k in range(ep.glob[PENDING]):
+        e = ep.heap[k]
+        to.due[e] = expected(ep, e)
+        enter(to, e)
     to.pools[:] = ep.pools
     to.commitments[:] = ep.commitments
     to.choices[:] = ep.choices

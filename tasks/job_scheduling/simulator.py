@@ -24,9 +24,15 @@ from tasks.job_scheduling.workloads import LEVELS, Workload
 
 Observations = dict[str, npt.NDArray[Any]]
 STREAMS = {"published": MERSENNE, "counted": COUNTED, "median": MEDIAN}
-EXTRA_FEATURES = ("recent_s", "remaining", "running", "moving", "committed", "demand", "waiting_parents", "schedulable")
+EXTRA_FEATURES = (
+    "recent_s", "remaining", "running", "moving", "committed", "demand", "waiting_parents", "schedulable",
+    "first_end_s", "mean_end_s", "usual_5_s", "usual_20_s", "usual_50_s", "usual_first_s", "usual_fresh_s",
+)  # fmt: skip
+"""Times to the end of running tasks are expected ones. Usual durations are medians of the profile, by executors; tasks
+of an executor that comes from another stage (first) or is new to the job (fresh) are those with 50."""
 JOB_FEATURES = (
     "supply", "local", "cap", "is_source", "work_s", "remaining", "incomplete", "unstarted", "age_s", "idle",
+    "first_end_s",
 )  # fmt: skip
 
 
@@ -125,11 +131,11 @@ class Simulator:
         nodes (M, 5) float32: features of incomplete stages of active jobs, as Decima sees them: executors that the job
             may get now, of all; 1 if executors leave it, else -1; its supply of executors, of all; remaining tasks /
             200; remaining tasks x most recent duration / 100 s.
-        extra (M, 8) float32: `EXTRA_FEATURES`.
+        extra (M, 15) float32: `EXTRA_FEATURES`.
         edges (E, 2) int32: parent and child, as numbers of nodes.
         heights (M,) int16: longest path to a sink, in edges.
         job_nodes (J,) int16: nodes of each active job, by arrival; the nodes of a job are neighbours.
-        jobs (J, 10) float32: `JOB_FEATURES`.
+        jobs (J, 11) float32: `JOB_FEATURES`.
         caps (J,) int16: executors that the job may get now.
         stages (K,) int16: the schedulable stages, as numbers of nodes, ascending.
         limits (K,) int16: executors that each of them can use, at most.

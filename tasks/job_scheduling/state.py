@@ -63,6 +63,7 @@ class Episode(NamedTuple):
         executors: (E, EXECUTOR) POOL, or NONE on the way; HOME job; LAST stage, NONE if fresh; BUSY; TARGET stage of
             its event; ORDER of its event.
         due: (E,) when its event happens, ms.
+        task: (E, 2) when its last task began, ms, and how long such tasks take, ms: what is known of `due`.
         heap: (E,) executors with events, as a binary heap.
         pools: (P, 2) SIZE and PROMISED executors.
         commitments: (2 E + 2, 3) from pool, to pool, executors; in order of their making.
@@ -85,6 +86,7 @@ class Episode(NamedTuple):
     recent: Floats
     executors: Ints
     due: Floats
+    task: Floats
     heap: Ints
     pools: Ints
     commitments: Ints
