@@ -87,6 +87,7 @@ def collect(
     values: str | None = None,
     seed: int = 0,
     parallel: int = 64,
+    best_of: int = 1,
     keep_existing: bool = False,
 ) -> None:
     """Run a mixture of policies in random episodes of a split and write what happened as an experience pool.
@@ -104,6 +105,8 @@ def collect(
         values: Kind of action values to add to each step, as `NetDataModule.label` knows them.
         seed: Seed of episodes and exploration.
         parallel: Episodes side by side.
+        best_of: Play each episode so many times, and keep the time with the highest return. Exploration, and what a
+            policy draws by itself, is what differs between them.
         keep_existing: Whether a pool that another process has written there meanwhile is kept without an error.
 
     Raises:
@@ -111,6 +114,7 @@ def collect(
     """
     for name, number, low, high in (
         ("episodes", episodes, 1, 2**31), ("parallel", parallel, 1, 2**20), ("explore", explore, 0, 1),
+        ("best_of", best_of, 1, 2**20),
         ("seed", seed, 0, 2**31 - 1),
     ):  # fmt: skip
         if not low <= number <= high:
@@ -118,6 +122,7 @@ def collect(
     made_by = {
         "data": {"class_path": type(data).__name__, "init_args": dict(data.hparams)}, "shares": dict(shares),
         "explore": explore, "split": split, "values": values, "seed": seed, "parallel": parallel,
+        "best_of": best_of,
     }  # fmt: skip
     env = data.simulator(split, "random")
     policies = {name: acting(data.policy(name, split)) for name in shares}
@@ -130,13 +135,15 @@ def collect(
         env = data.label(env, values)
     turns = _turns(list(shares.values()), episodes)
     kept = PoolWriter(out, type(data).__name__, made_by, keep_existing)
-    with kept as writer, progress("episodes recorded", episodes) as advance:
-        for start in range(0, episodes, parallel):
-            turn = turns[start : start + parallel]
+    with kept as writer, progress("episodes played", episodes * best_of) as advance:
+        size = max(1, parallel // best_of)
+        for start in range(0, episodes, size):
+            turn = turns[start : start + size]
             for number, name in enumerate(shares):
                 seeds = seed * 2**32 + start + np.nonzero(turn == number)[0]
                 if seeds.size:
-                    writer.add(rollout(env, policies[name], seeds.tolist(), True, advance), name, seeds)
+                    played = rollout(env, policies[name], seeds.repeat(best_of).tolist(), True, advance)
+                    writer.add(played.best(best_of) if best_of > 1 else played, name, seeds)
 
 
 def convert(data: "NetDataModule", file: Path, out: Path, policy: str = "published") -> None:

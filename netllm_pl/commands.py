@@ -43,6 +43,7 @@ def collect(args: list[str]) -> None:
     parser.add_argument("--split", type=str, default="train", help="what the episodes are drawn from")
     parser.add_argument("--values", type=str | None, default=None, help="action values to add, such as hindsight")
     parser.add_argument("--parallel", type=int, default=64, help="episodes side by side")
+    parser.add_argument("--best_of", type=int, default=1, help="play each episode so often, and keep the best")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument(
         "--convert", type=Path | None, default=None, help="write this published pool instead of running"
@@ -54,7 +55,7 @@ def collect(args: list[str]) -> None:
     elif config.policy is None:
         raise UserError("missing: --policy; say who acts, such as bba:1,robust_mpc:3, or give --convert FILE")
     else:
-        options = {name: config[name] for name in ("explore", "split", "values", "seed", "parallel")}
+        options = {name: config[name] for name in ("explore", "split", "values", "seed", "parallel", "best_of")}
         collecting.collect(data, collecting.parse_mixture(config.policy), config.episodes, config.out, **options)
     *policies, written = collecting.summary(config.out).splitlines()
     for line in policies:

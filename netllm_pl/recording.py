@@ -28,6 +28,7 @@ class Experience:
         explore: Probability of a random action in place of the policy's.
         values: Kind of action values to add to each step, such as hindsight; null adds none.
         seed: Seed of the episodes.
+        best_of: Play each training episode so many times, and keep the best.
     """
 
     policies: str = "bba,robust_mpc"
@@ -36,6 +37,7 @@ class Experience:
     explore: float = 0.15
     values: str | None = None
     seed: int = 0
+    best_of: int = 1
 
     def __post_init__(self) -> None:
         """Refuse settings that record nothing.
@@ -43,7 +45,7 @@ class Experience:
         Raises:
             UserError: A value is out of its range.
         """
-        for name in ("episodes", "eval_episodes"):
+        for name in ("episodes", "eval_episodes", "best_of"):
             if getattr(self, name) < 1:
                 raise UserError(f"experience.{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.explore <= 1:
@@ -74,6 +76,7 @@ def recorded(data: "NetDataModule", experience: Experience, split: str, content:
             split=split,
             values=experience.values,
             seed=experience.seed,
+            best_of=experience.best_of if split == "train" else 1,
             keep_existing=True,
         )
     return read_pool(folder, type(data).__name__)

@@ -74,6 +74,23 @@ class Rollout:
         total: npt.NDArray[np.float64] = np.where(self.alive, self.rewards, 0.0).sum(0)
         return total
 
+    def best(self, group: int) -> "Rollout":
+        """Keep of each group of neighbouring episodes the one with the highest return, the first of equals."""
+        chosen = self.returns.reshape(-1, group).argmax(1) + np.arange(0, len(self.returns), group)
+        length = int(self.alive[:, chosen].any(1).sum())
+
+        def kept(table: dict[str, Array]) -> dict[str, Array]:
+            return {name: values[:length, chosen] for name, values in table.items()}
+
+        return Rollout(
+            self.actions[:length, chosen],
+            self.rewards[:length, chosen],
+            self.alive[:length, chosen],
+            kept(self.info),
+            kept(self.observations),
+            {name: values[chosen] for name, values in self.start.items()},
+        )
+
 
 def acting(policy: Any) -> Policy:
     """Return what chooses actions: a task's own policy, or the policy itself.

@@ -178,6 +178,33 @@ def test_policies_that_carry_state_run_one_episode_after_the_other(tmp_path: Pat
     assert list(own) == list(range(1, 13))
 
 
+def test_the_best_of_several_plays_of_an_episode_is_kept(tmp_path: Path) -> None:
+    """Those of an episode differ by exploration only, and are kept whole."""
+    data = CountingData()
+    for name, times, parallel in (("once", 1, 8), ("best", 6, 8), ("other", 6, 100)):
+        options = {"explore": 0.5, "parallel": parallel, "best_of": times}
+        collect(data, {"one": 0.5, "two": 0.5}, 40, tmp_path / name, **options)  # type: ignore[arg-type]
+    once, best = (read_pool(tmp_path / name).episodes for name in ("once", "best"))
+    assert sorted(best["seed"]) == sorted(once["seed"]) and (best["steps"] == 1 + best["seed"] % 5).all()
+    assert best["return"].mean() > 1.3 * once["return"].mean()
+    for name in ("best", "other"):
+        table = frame(tmp_path / name)
+        assert (table.groupby("episode")["reward"].sum() == read_pool(tmp_path / name).episodes["return"]).all()
+        counted = (
+            table.groupby("episode")["action"].cumsum()
+            + read_pool(tmp_path / name).episodes["seed"].to_numpy()[table["episode"]] % 7
+        )
+        assert (table["reward"] == counted).all()
+
+
+def test_the_best_of_groups() -> None:
+    run = rollout(Counting(), Explore(Add(1), 0.7, Counting().sample), [3, 3, 3, 0, 0, 0], record=True)
+    best = run.best(3)
+    assert best.returns.tolist() == [run.returns[:3].max(), run.returns[3:].max()]
+    assert best.alive.sum(0).tolist() == [4, 1] and len(best.actions) == 4
+    assert (best.info["seed"] == [3, 0]).all() and best.observations["pair"].shape == (4, 2, 2)
+
+
 # Exploration and values -----------------------------------------------------------------------------------------------
 
 
@@ -214,6 +241,7 @@ def test_values_of_all_actions_are_kept(tmp_path: Path) -> None:
         ({"explore": 1.5}, "explore is 1.5"),
         ({"seed": -1}, "seed is -1"),
         ({"parallel": 0}, "parallel is 0"),
+        ({"best_of": 0}, "best_of is 0"),
         ({"shares": {"thre": 1.0}}, "unknown policy 'thre'.*Known: alone, one, two"),
     ],
 )
