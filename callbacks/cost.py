@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.rollout import evaluation_of
 from netllm_pl.machine import peak_memory
+from netllm_pl.quantize import weight_count
 from netllm_pl.timing import now
 
 
@@ -18,7 +19,7 @@ class CostMonitor(Callback):
     of memory is that of the GPU's tensors, or of the process on a CPU. The time of a decision is that of validation, in
     which many are made at once: of a task that acts, the policy's own time in the episodes that it plays; of others,
     that of validation batches, loading and metrics included. The trainable fraction is that of all weights, frozen
-    ones included, as they lie in memory. A step costs two additions; the device is not waited for.
+    ones included. A step costs two additions; the device is not waited for.
     """
 
     def __init__(self) -> None:
@@ -31,8 +32,8 @@ class CostMonitor(Callback):
         """Log what does not change."""
         self._since, self._samples = None, 0
         weights = list(pl_module.parameters())
-        learning = sum(weight.numel() for weight in weights if weight.requires_grad)
-        _log(trainer, {"trainable_fraction": learning / sum(weight.numel() for weight in weights)})
+        learning = sum(weight_count(weight) for weight in weights if weight.requires_grad)
+        _log(trainer, {"trainable_fraction": learning / sum(map(weight_count, weights))})
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 

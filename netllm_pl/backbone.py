@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.quantize import Bits, quantize
 
 NAMED = ("smollm2-135m",)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
@@ -66,6 +67,8 @@ class BackboneConfig:
         config: Entries that replace those of the architecture's configuration, for random weights.
         layers: Keep only the first k layers; null keeps all.
         dtype: Type of the frozen weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU.
+        quantize: Keep the frozen linear layers in ``int8`` or ``nf4`` (4 bits), to save memory; they compute in dtype.
+            Needs pip install 'netllm-pl[quantize]'.
         attention: Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose.
         checkpointing: Recompute activations in the backward pass to save memory.
         lora: Low-rank adapter; null trains the encoder and the head only.
@@ -78,6 +81,7 @@ class BackboneConfig:
     config: dict[str, Any] | None = None
     layers: int | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Bits | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     checkpointing: bool = False
     lora: LoRA | None = field(default_factory=LoRA)
@@ -105,7 +109,7 @@ class Backbone(nn.Module):
         d_hidden: Size of a hidden state that comes out (equal to d_model for nearly all models).
         token_scale: Root mean square of the word embedding, the scale that the first layer expects.
         places: Length that it can read, if its positions are learned vectors; else None.
-        fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16.
+        fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16, and others if quantised.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -113,6 +117,10 @@ class Backbone(nn.Module):
         self.config = config
         if config.full and config.lora is not None:
             raise UserError("backbone: full and lora exclude each other; set lora: null for a full fine-tune")
+        if config.full and config.quantize is not None:
+            raise UserError(
+                f"backbone: full trains all weights, {config.quantize} ones cannot learn; leave out quantize"
+            )
         model = _load(config)
         embedding = model.get_input_embeddings()
         weight: Tensor = embedding.get_parameter("weight").detach()
@@ -125,6 +133,10 @@ class Backbone(nn.Module):
         self.fingerprint = fingerprint_of(model)
         if not config.pretrained:
             _cast(model, config.torch_dtype())
+        if config.quantize is not None:
+            quantize(model, config.quantize, config.torch_dtype())
+            # Answers differ by more than those of float types, so adapters are kept apart.
+            self.fingerprint += f"-{config.quantize}"
         model.requires_grad_(config.full)
         if config.checkpointing:
             # The name before transformers 5.20; from then on it is a deprecated alias.

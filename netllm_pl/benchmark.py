@@ -20,6 +20,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.machine import can_write, ceilings, environment
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
+from netllm_pl.quantize import weight_bytes, weight_count
 from netllm_pl.speed import decisions, many_episodes, predictions, training
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, measure, ratio
@@ -116,7 +117,7 @@ def describe(task: NetTask) -> Entry:
             "backbone_layers": config.layers,
             "backbone_dtype": str(task.backbone.dtype).removeprefix("torch."),
             "backbone_parameters": _count(model),
-            "backbone_gb": sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 1e9,
+            "backbone_gb": sum(map(weight_bytes, model.parameters())) / 1e9,
         }
     return found
 
@@ -175,4 +176,4 @@ def _number(value: float) -> str:
 
 
 def _count(module: torch.nn.Module, trained: bool = False) -> int:
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad or not trained)
+    return sum(weight_count(weight) for weight in module.parameters() if weight.requires_grad or not trained)

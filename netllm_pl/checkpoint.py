@@ -110,6 +110,7 @@ def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
             key = name.rsplit(".", 1)[-1]  # image.vision comes from vision
             was = stored["init_args"].get(key) or {}
             hint = f"{was.get('name')}, layers {was.get('layers')}, pretrained {was.get('pretrained')}"
+            hint += f", quantize {was['quantize']}" if was.get("quantize") else ""
             raise UserError(
                 f"the checkpoint belongs to another {key} (fingerprint {stored['frozen'].get(name)}: {hint}); this one "
                 f"has {fingerprint}. Set model.{key} to what it was trained with"

@@ -65,7 +65,8 @@ def load_exported(folder: Path) -> "NetTask":
         set_peft_model_state_dict(adapter, found)
         weights |= {name: value for name, value in task.state_dict().items() if _in_adapter(name, adapter)}
     trained = trained_names(task)
-    check_identity(task, {KEY: stored, "state_dict": {k: v for k, v in weights.items() if k in trained}})
+    weights = {name: value for name, value in weights.items() if name in trained}
+    check_identity(task, {KEY: stored, "state_dict": weights})
     task.load_state_dict(weights, strict=False)
     return task.eval()
 

@@ -12,6 +12,7 @@ from torch import nn
 from netllm_pl import __version__
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
+from netllm_pl.quantize import weight_count
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 TABLE, RESULTS, NOTE = "metrics.csv", "summary.csv", "run.json"
@@ -92,7 +93,7 @@ def note_run(folder: Path, task: nn.Module, steps: int, seconds: float, finished
         seconds: How long they took.
         finished: Whether it trained to its end.
     """
-    weights = [(weight.numel(), weight.requires_grad) for weight in task.parameters()]
+    weights = [(weight_count(weight), weight.requires_grad) for weight in task.parameters()]
     note = {
         "version": __version__,
         "task": type(task).__name__,

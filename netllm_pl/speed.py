@@ -19,6 +19,7 @@ from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.decision import DecisionTask
 from netllm_pl.errors import UserError
 from netllm_pl.machine import peak_memory
+from netllm_pl.quantize import weight_count
 from netllm_pl.rollout import Array, Observations, Policy, rollout
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, latency, measure, now, rate, seconds_of
@@ -113,7 +114,7 @@ def training(
 
 def flop_per_token(backbone: Backbone) -> int:
     """Operations of a training step for a token: 4 a frozen weight, 6 a weight that learns."""
-    return sum((6 if weight.requires_grad else 4) * weight.numel() for weight in backbone.model.parameters())
+    return sum((6 if weight.requires_grad else 4) * weight_count(weight) for weight in backbone.model.parameters())
 
 
 def _trainer(timer: StepTimer, settings: Mapping[str, Any]) -> Trainer:
