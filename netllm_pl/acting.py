@@ -154,12 +154,14 @@ def chosen_of(values: Tensor, number: Tensor) -> Tensor:
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode for a while."""
-    was_training = module.training
+    if not module.training:  # a large model has thousands of parts, and this is asked at every decision
+        yield
+        return
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        module.train()
 
 
 def check_columns(batch: Batch, names: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.graphs import LearningGraph
 from netllm_pl.quantize import Bits, quantize
 
 NAMED = ("smollm2-135m",)
@@ -71,6 +73,12 @@ class BackboneConfig:
             Needs pip install 'netllm-pl[quantize]'.
         attention: Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose.
         checkpointing: Recompute activations in the backward pass to save memory.
+        training_graph: On a GPU, capture forward and backward pass of training in CUDA graphs: for small models, whose
+            steps are bound by launching kernels. All batches but those of the first one's shape run without.
+        compile: Compile the layers for training and for captured decisions: a first step takes longer, all later ones
+            less. Validation and test passes, whose shapes differ, are not compiled.
+        graphs: On a GPU, capture decisions and single predictions in CUDA graphs, for tasks whose steps all have the
+            same shape; False runs them kernel by kernel.
         lora: Low-rank adapter; null trains the encoder and the head only.
         full: Train all weights instead (for comparison; checkpoints then hold them all).
         seed: Seed of the random weights when not pretrained.
@@ -84,6 +92,9 @@ class BackboneConfig:
     quantize: Bits | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     checkpointing: bool = False
+    compile: bool = False
+    graphs: bool = True
+    training_graph: bool = False
     lora: LoRA | None = field(default_factory=LoRA)
     full: bool = False
     seed: int = 0
@@ -143,6 +154,10 @@ class Backbone(nn.Module):
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self.model: nn.Module = model if config.lora is None else _adapt(model, config.lora)
+        if config.compile:
+            compile_layers(self.model)
+        self._instead: list[nn.Module] = []  # in a list, so that it is no part of this module
+        self._graph: list[LearningGraph] = []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,16 +193,43 @@ class Backbone(nn.Module):
         if positions is not None:
             extra["position_ids"] = positions
         attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask)
-        output = self.model(inputs_embeds=tokens.to(self.dtype), attention_mask=attention, **extra)
-        hidden: Tensor = output.last_hidden_state
-        return hidden.float()
+        values, inputs = tokens.to(self.dtype), {"attention_mask": attention, **extra}
+        learning = self.training and torch.is_grad_enabled()
+        hidden = self._captured(values, attention, positions) if learning and cache is None else None
+        if hidden is None:
+            model = self._instead[0] if self._instead else self.model
+            # Only training always comes in the same shape; anything else would be compiled again and again.
+            plain = self.config.compile and not learning and not self._instead
+            with torch.compiler.set_stance("force_eager") if plain else nullcontext():
+                hidden = model(inputs_embeds=values, **inputs).last_hidden_state
+        result: Tensor = hidden.float()
+        return result
+
+    def _captured(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+        """Run a training pass by CUDA graphs, if that is asked for and they are of this shape."""
+        if not self.config.training_graph or tokens.device.type != "cuda" or not self.causal:
+            return None
+        if not self._graph:
+            self._graph.append(LearningGraph(self.model))
+        return self._graph[0](tokens, mask, positions)
+
+    @contextmanager
+    def replaced(self, model: nn.Module) -> Iterator[None]:
+        """Run another model, such as `netllm_pl.frozen.frozen_copy` of this one, for a while."""
+        self._instead.append(model)
+        try:
+            yield
+        finally:
+            self._instead.pop()
 
     def _check_places(self, length: int, cache: Cache | None, positions: Tensor | None) -> None:
         """Refuse sequences that are longer than a model with learned positions can read."""
         cached = 0 if cache is None else cache.get_seq_length()
-        last = cached + length - 1 if positions is None else int(positions.max())
-        assert self.places is not None
-        if last >= self.places:
+        self.check_last(cached + length - 1 if positions is None else int(positions.max()))
+
+    def check_last(self, last: int) -> None:
+        """Refuse a last token that is behind what a model with learned positions can read."""
+        if self.places is not None and last >= self.places:
             raise UserError(
                 f"backbone {self.config.name} has learned positions for {self.places} tokens, token {last + 1} came;"
                 " take shorter sequences or a model with rotary positions such as smollm2-135m"
@@ -201,6 +243,18 @@ class Backbone(nn.Module):
         if implementation != "eager":
             raise UserError(f"backbone.attention {implementation} takes no mask of its own; set it to sdpa")
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+
+def compile_layers(model: nn.Module, dynamic: bool | None = None) -> None:
+    """Compile each layer on its own: all are alike, so that one compilation serves all of them.
+
+    Args:
+        model: The language model.
+        dynamic: Whether sizes of inputs may change; None takes them as fixed until they do.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.compile(dynamic=dynamic)
 
 
 def _load(config: BackboneConfig) -> PreTrainedModel:

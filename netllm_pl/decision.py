@@ -81,6 +81,7 @@ class DecisionTask(OfflineTask):
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
         self.wanted = nn.Sequential(nn.Linear(1, d_model), TokenNorm(d_model, scale)) if returns else None
         self.actions = actions
+        self.fixed = choices is not None  # every step has the same tokens and choices
         self.taken: nn.Module | None = None
         self.head: nn.Module | None = None
         if choices is not None:
@@ -190,12 +191,20 @@ class DecisionTask(OfflineTask):
 
     # Use --------------------------------------------------------------------------------------------------------------
 
-    def as_policy(self, streaming: bool = True) -> "LanguageModelPolicy":
+    def as_policy(self, streaming: bool = True, static: bool | None = None) -> "LanguageModelPolicy":
         """Act in an environment.
 
         Args:
             streaming: Keep earlier tokens in a key/value cache; False runs all of the episode again at every step.
+            static: Keep them in fixed places, with LoRA merged into the weights (`netllm_pl.streaming`): the same
+                answers, on a GPU from captured CUDA graphs. None does so on a GPU, unless ``backbone.graphs`` is off.
         """
+        assert self.backbone is not None
+        gpu = self.device.type == "cuda" and self.backbone.config.graphs
+        if streaming and (gpu if static is None else static):
+            from netllm_pl.streaming import StaticPolicy
+
+            return StaticPolicy(self, capture=gpu)
         return LanguageModelPolicy(self, streaming)
 
 
@@ -228,13 +237,16 @@ class LanguageModelPolicy:
             if "reward" not in observations:
                 raise UserError("observations have no 'reward' of the last step, which returns: true needs")
             self.wanted = self.wanted - observations["reward"]
-        batch = task.observe(observations | {"return_to_go": self.wanted}, self.step)
         with evaluating(task):
-            decide = self._stream if self.streaming and task.context > 1 else self._recompute
-            chosen = decide(batch)
+            chosen = self._decide(observations | {"return_to_go": self.wanted})
         self.step += 1
         actions: Array = chosen[:, 0].cpu().numpy()
         return actions
+
+    def _decide(self, seen: Observations) -> Tensor:
+        """Actions (N, 1, ...) of this step."""
+        batch = self.task.observe(seen, self.step)
+        return self._stream(batch) if self.streaming and self.task.context > 1 else self._recompute(batch)
 
     def _stream(self, batch: Batch) -> Tensor:
         """Run the last action's token and the new ones; then forget what no later token sees."""

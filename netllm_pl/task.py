@@ -83,6 +83,9 @@ class NetTask(pl.LightningModule, ABC):
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     answer_columns: ClassVar[tuple[str, ...]] = ("prediction",)
     """Columns of predictions.parquet: what the last axis of a prediction holds, or one name for all of it."""
+    fixed = False
+    """Whether batches of one shape always take the same operations on the device, and wait for nothing: predictions are
+    then captured in a CUDA graph. A cache of features, for one, depends on what is in a batch."""
 
     def __init__(self, backbone: BackboneConfig | None = None, optimizer: OptimizerConfig | None = None) -> None:
         super().__init__()
@@ -152,7 +155,9 @@ class NetTask(pl.LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Any:
         """Prediction of a batch."""
-        return self(batch)
+        from netllm_pl.frozen import predict
+
+        return predict(self, batch)
 
     def _evaluate(self, split: str, batch: Batch) -> None:
         prediction = self(batch)
@@ -195,7 +200,8 @@ class NetTask(pl.LightningModule, ABC):
             {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        fused = all(parameter.is_cuda for parameter in trainable)  # one kernel for all of the many small weights
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)
         total = self.trainer.estimated_stepping_batches
         if config.schedule == "constant" or total == float("inf"):
             warmup = 0 if total == float("inf") else int(config.warmup * total)

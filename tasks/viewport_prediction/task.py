@@ -68,6 +68,7 @@ class ViewportPrediction(ViewportModel):
         super().__init__(backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
         assert self.backbone is not None
         self.representation, self.decoding = representation, decoding
+        self.fixed = vision is None
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
         channels = 8 if representation == "relative" else 3
         # One sample a token where answers are fed back: a wider kernel would show the model what it must predict.

@@ -1,0 +1,182 @@
+"""Compiled layers, merged adapters, captured predictions: the same numbers, and nothing is compiled again in a run."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from netllm_pl.backbone import Backbone, LoRA
+from netllm_pl.data import Batch
+from netllm_pl.frozen import Predictor, frozen_copy, predict
+from netllm_pl.recording import Experience
+from netllm_pl.rollout import rollout
+from netllm_pl.testing import tiny_backbone
+from netllm_pl.toy import CandidateData, CandidateTask
+from tasks.adaptive_bitrate import AdaptiveBitrate, AdaptiveBitrateData
+from tasks.adaptive_bitrate.simulator import Rules
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces
+from tasks.viewport_prediction import ViewportPrediction
+
+NO_DROPOUT = LoRA(rank=4, dropout=0.0)
+
+
+def learn(module: nn.Module, size: float = 0.3) -> None:
+    """Change the adapters in place, as an optimiser does."""
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if "lora_B" in name or "head" in name:
+                weight.add_(size * torch.randn_like(weight))
+
+
+def twins(architecture: str = "llama", **changes: Any) -> tuple[Backbone, Backbone]:
+    """The same model twice, the second one compiled; in training, without dropout."""
+    made = []
+    for compiled in (False, True):
+        config = tiny_backbone(architecture, lora=NO_DROPOUT, compile=compiled, **changes)
+        made.append(Backbone(config).train())
+    learn(made[0])
+    made[1].load_state_dict(made[0].state_dict())
+    for model in made:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "embed_dim"):  # OPT keeps its rates as numbers
+                setattr(module, "dropout", 0.0)  # noqa: B010  # not declared by nn.Module
+    return made[0], made[1]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Trace and differentiate as for a GPU, without generating kernels; yields what was compiled."""
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **given: plain(self, backend="aot_eager", **given))
+    torch._dynamo.reset()
+    counters.clear()
+    yield counters
+    torch._dynamo.reset()
+
+
+def graphs(compiled: dict[str, Any]) -> int:
+    assert not compiled["graph_break"] and not compiled["recompile_limit"]
+    return int(compiled["stats"]["unique_graphs"])
+
+
+# Compiled layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_learn_alike(architecture: str, checkpointing: bool, compiled: dict[str, Any]) -> None:
+    """All layers are one compilation; validation, whose shapes differ, adds none."""
+    plain, fast = twins(architecture, checkpointing=checkpointing)
+    gradients = []
+    tokens = torch.randn(4, 12, 32, requires_grad=True)
+    for model in (plain, fast):
+        for _ in range(2):
+            model.zero_grad()
+            tokens.grad = None
+            model(tokens).square().mean().backward()
+        assert tokens.grad is not None
+        found = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+        gradients.append(found | {"tokens": tokens.grad.clone()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+    for model in (fast.eval(), fast.train()):
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens[:3, :7]), plain(tokens[:3, :7]), rtol=0, atol=1e-5)
+    assert graphs(compiled) == 1
+
+
+def streaming_data(**settings: Any) -> AdaptiveBitrateData:
+    return AdaptiveBitrateData(
+        synthetic=SyntheticTraces(traces=4, duration_s=60),
+        experience=Experience(policies="bba", episodes=12, eval_episodes=3, values="hindsight"),
+        rules=Rules(chunks=12), window=8, batch_size=4, eval_batch_size=5, **settings,
+    )  # fmt: skip
+
+
+def fit(task: Any, data: Any, steps: int) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, val_check_interval=steps // 2, check_val_every_n_epoch=None,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_run_with_validation_and_rollouts_compiles_once(compiled: dict[str, Any]) -> None:
+    fit(AdaptiveBitrate(tiny_backbone(compile=True), context=5, width=16), streaming_data(), 12)
+    assert graphs(compiled) == 1
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_batches_of_many_shapes_compile_three_times_at_most(compiled: dict[str, Any]) -> None:
+    """First as they come, then with as many rows, then of any length."""
+    fit(CandidateTask(tiny_backbone(compile=True), context=3), CandidateData(), 16)
+    assert 1 <= graphs(compiled) <= 3
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_compiled_policy_decides_alike(compiled: dict[str, Any]) -> None:
+    data = streaming_data()
+    torch.manual_seed(0)
+    task = AdaptiveBitrate(tiny_backbone(compile=True), context=3, width=16, returns=True, actions=True).eval()
+    learn(task)
+    env = data.simulator("test")
+    played = [rollout(env, task.as_policy(static=static), [0, 1]).actions for static in (False, True, True)]
+    assert (played[0] == played[1]).all() and (played[0] == played[2]).all()
+    assert graphs(compiled) == 1
+
+
+# Merged adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "opt", "t5"])
+def test_merged_adapters_give_the_same_states(architecture: str) -> None:
+    backbone = Backbone(tiny_backbone(architecture)).eval()
+    learn(backbone)
+    tokens = torch.randn(2, 9, 32)
+    model = frozen_copy(backbone)
+    before = {name: weight.clone() for name, weight in backbone.state_dict().items()}
+    with torch.no_grad(), backbone.replaced(model):
+        merged = backbone(tokens)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(merged, backbone(tokens), rtol=0, atol=1e-5)
+    assert all(torch.equal(weight, backbone.state_dict()[name]) for name, weight in before.items())
+    places = {weight.data_ptr() for weight in backbone.parameters()}
+    own = [weight for weight in model.parameters() if weight.data_ptr() not in places]
+    adapted = sum("lora_A" in name for name in before)
+    assert len(own) == adapted, "all other weights are shared"
+
+
+# Captured predictions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"mirror_average": True}, {"decoding": "autoregressive", "representation": "absolute"}]
+)
+def test_captured_predictions_are_the_same(settings: dict[str, Any]) -> None:
+    """The code that a graph is captured from, on this CPU without one."""
+    torch.manual_seed(0)
+    task = ViewportPrediction(tiny_backbone(), horizon=6, width=16, **settings).eval()
+    assert task.fixed
+    learn(task, 0.05)
+    predictor = Predictor(task, batch(), capture=False)
+    for _ in range(2):
+        for seed in range(2):
+            with torch.inference_mode():
+                expected = task(batch(seed))
+                torch.testing.assert_close(predictor(batch(seed)), expected, rtol=1e-5, atol=1e-4)
+                assert torch.equal(predict(task, batch(seed)), expected), "no graph on a CPU"
+        learn(task, 0.05)
+
+
+def batch(seed: int = 0) -> Batch:
+    walk: Tensor = torch.randn(3, 10, 3, generator=torch.Generator().manual_seed(seed)).cumsum(1) * 5
+    return {"history": walk}

@@ -1,0 +1,185 @@
+"""Fast paths of use: fixed places, merged adapters and compiled layers give the answers of the plain path.
+
+Shapes: N sessions, T steps, C choices.
+"""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from netllm_pl import streaming
+from netllm_pl.data import Batch
+from netllm_pl.decision import LanguageModelPolicy
+from netllm_pl.errors import UserError
+from netllm_pl.rollout import Array, Rollout, rollout
+from netllm_pl.streaming import StaticPolicy
+from netllm_pl.testing import tiny_backbone
+from netllm_pl.toy import Candidates, CandidateTask
+from tasks.adaptive_bitrate import AdaptiveBitrate
+from tasks.adaptive_bitrate.simulator import Rules, Simulator
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
+from tasks.adaptive_bitrate.videos import generated_video
+
+STEPS = 16
+SEEDS = (0, 1, 2)
+ALL: dict[str, Any] = {"returns": True, "actions": True}
+
+
+@cache
+def simulator() -> Simulator:
+    return Simulator(generate(SyntheticTraces(traces=3), "test"), generated_video(), Rules(chunks=STEPS + 1), "fixed")
+
+
+def make(architecture: str = "llama", backbone: dict[str, Any] | None = None, **settings: Any) -> AdaptiveBitrate:
+    """A task with random weights, the same for the same settings; LoRA's are no longer zero, as after training."""
+    torch.manual_seed(0)
+    config = tiny_backbone(architecture, **(backbone or {}))
+    task = AdaptiveBitrate(backbone=config, lookahead=0, width=16, **({"return_scale": 10.0} | settings))
+    learn(task)
+    return task.eval()
+
+
+def learn(task: Any) -> None:
+    """Change the adapters in place, as an optimiser does."""
+    with torch.no_grad():
+        for name, weight in task.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.5 * torch.randn_like(weight))
+
+
+class Scores:
+    """Keeps the scores of each step; a mixin of policies."""
+
+    def reset(self, n: int) -> None:
+        super().reset(n)  # type: ignore[misc]
+        self.scores: list[Array] = []
+
+    def _choose(self, scores: Any, batch: Batch) -> Tensor:
+        self.scores.append(scores[:, 0].float().cpu().numpy())
+        chosen: Tensor = super()._choose(scores, batch)  # type: ignore[misc]
+        return chosen
+
+
+class Plain(Scores, LanguageModelPolicy):
+    pass
+
+
+class Static(Scores, StaticPolicy):
+    pass
+
+
+def play(policy: Plain | Static, seeds: Any = SEEDS) -> tuple[Array, Rollout]:
+    played = rollout(simulator(), policy, seeds)
+    return np.stack(policy.scores, axis=1), played
+
+
+def same(task: AdaptiveBitrate, atol: float = 1e-5) -> Array:
+    """Check that both paths play the same; return the scores."""
+    (expected, played), (scores, again) = play(Plain(task)), play(Static(task, capture=False))
+    assert streaming._STREAMS[task], "the static path was not taken"
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=atol)
+    assert np.array_equal(played.actions, again.actions)
+    assert scores.std(axis=1).min() > 1e-3, "decisions do not depend on the step"
+    return scores
+
+
+# Decisions ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [1, 5, 20])
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        *(("llama", extra) for extra in ({}, {"returns": True}, {"actions": True}, ALL)),
+        *((name, ALL) for name in ("mistral", "qwen2", "gpt2", "opt")),
+    ],
+)
+def test_decisions_are_those_of_the_plain_path(architecture: str, extra: dict[str, Any], context: int) -> None:
+    """Over sessions that are longer than the ring, and shorter."""
+    same(make(architecture, context=context, target_return=-5.0, **extra))
+
+
+def test_with_published_tokens_and_no_adapter() -> None:
+    same(make(context=5, tokens="published", **ALL))
+    same(make(backbone={"lora": None}, context=5))
+
+
+def test_actions_that_are_drawn_are_remembered() -> None:
+    scores = same(make(context=5, actions=True, sample=True))
+    assert not np.array_equal(
+        play(Static(make(context=5, actions=True, sample=True), False))[1].actions.T, scores.argmax(-1)
+    )
+
+
+def test_sessions_start_anew_with_what_was_learned_since() -> None:
+    """Nothing of earlier sessions is left in the ring, and merged weights follow the adapters; frozen ones stay."""
+    task = make(context=5, **ALL)
+    frozen = {name: weight.clone() for name, weight in task.named_parameters() if not weight.requires_grad}
+    first = same(task)
+    (stream,) = streaming._STREAMS[task]
+    np.testing.assert_array_equal(first, same(task))
+    learn(task)
+    assert np.abs(same(task) - first).max() > 1e-2
+    assert streaming._STREAMS[task] == [stream], "what was built is used again"
+    assert all(torch.equal(weight, dict(task.named_parameters())[name]) for name, weight in frozen.items())
+    parameters = dict(task.named_parameters())
+    assert all(parameters[name].grad is None for name in frozen)
+
+
+def test_other_numbers_of_sessions_have_their_own_stream() -> None:
+    task = make(context=5, **ALL)
+    together = same(task)
+    for seed in SEEDS:
+        alone = play(Static(task, False), [seed])[0]
+        np.testing.assert_allclose(alone, together[seed : seed + 1], rtol=0, atol=1e-5)
+    assert [len(stream.parcel.host["step"]) for stream in streaming._STREAMS[task]] == [1, 3]
+    one, other = (dict(stream.model.named_parameters()) for stream in streaming._STREAMS[task])
+    assert all(one[name] is other[name] for name in one), "weights exist once, merged ones too"
+
+
+def test_in_training_and_in_inference_mode() -> None:
+    """Validation plays in inference mode, a test later outside; training goes on afterwards."""
+    task = make(context=5, **ALL)
+    expected = play(Plain(task))[0]
+    task.train()
+    with torch.inference_mode():
+        np.testing.assert_allclose(play(Static(task, False))[0], expected, rtol=0, atol=1e-5)
+    assert task.training
+    np.testing.assert_allclose(play(Static(task, False))[0], expected, rtol=0, atol=1e-5)
+    batch = task.observe(simulator().reset(SEEDS), 0)
+    batch |= {"action": torch.zeros(3, 1, dtype=torch.long), "return_to_go": torch.zeros(3, 1)}
+    task(batch).sum().backward()
+    assert all(weight.grad is not None for name, weight in task.named_parameters() if "lora_B" in name)
+
+
+def test_a_backbone_in_bfloat16_decides_alike() -> None:
+    task = make(backbone={"dtype": "bfloat16"}, context=5, **ALL)
+    (expected, _), (scores, _) = play(Plain(task)), play(Static(task, False))
+    np.testing.assert_allclose(scores[:, :1], expected[:, :1], rtol=0, atol=0.05)
+    assert (scores.argmax(-1) == expected.argmax(-1)).mean() > 0.9
+
+
+def test_learned_positions_have_an_end_here_too() -> None:
+    for architecture, setting in (("gpt2", "n_positions"), ("opt", "max_position_embeddings")):
+        same(make(architecture, {"config": {setting: 2 * STEPS}}, context=3))
+        short = make(architecture, {"config": {setting: 2 * STEPS - 1}}, context=3)
+        with pytest.raises(UserError, match="has learned positions for 31 tokens, token 32 came"):
+            play(Static(short, False))
+
+
+def test_steps_of_other_shapes_take_the_plain_path() -> None:
+    torch.manual_seed(0)
+    task, env = CandidateTask(tiny_backbone(), context=3).eval(), Candidates(5, steps=(4, 6))
+    played = [rollout(env, task.as_policy(static=static), SEEDS).actions for static in (False, True)]
+    assert np.array_equal(*played) and task not in streaming._STREAMS
+
+
+def test_the_path_is_chosen_by_device_and_setting() -> None:
+    task = make()
+    assert type(task.as_policy()) is LanguageModelPolicy, "on a CPU there are no graphs"
+    assert type(task.as_policy(static=True)) is StaticPolicy
+    assert type(task.as_policy(streaming=False, static=True)) is LanguageModelPolicy
