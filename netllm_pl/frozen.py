@@ -91,7 +91,9 @@ def inner_model(backbone: Backbone) -> Any:
 def places_of(module: nn.Module) -> list[int]:
     """Addresses of all weights: what was captured reads from there."""
     tensors = (*module.parameters(), *module.buffers())
-    return [id(t) if is_traceable_wrapper_subclass(t) else t.data_ptr() for t in tensors]  # some quantised ones have none
+    return [
+        id(t) if is_traceable_wrapper_subclass(t) else t.data_ptr() for t in tensors
+    ]  # some quantised ones have none
 
 
 def _is_plain(layer: Any) -> bool:
