@@ -76,8 +76,15 @@ def parts_of(weight: Tensor) -> list[Tensor]:
     if is_traceable_wrapper_subclass(weight):
         names, _ = weight.__tensor_flatten__()
         return [part for name in names for part in parts_of(getattr(weight, name))]
-    state = getattr(weight, "quant_state", None)
-    return [weight.detach(), *([] if state is None else state.as_dict(packed=True).values())]
+    return [weight.detach(), *_scales(getattr(weight, "quant_state", None))]
+
+
+def _scales(state: Any) -> list[Tensor]:
+    """Return what bitsandbytes keeps beside the numbers of a weight; scales have scales of their own."""
+    if state is None:
+        return []
+    own = [part for part in vars(state).values() if isinstance(part, Tensor)]
+    return own + _scales(state.state2)
 
 
 def _linear(module: nn.Module) -> nn.Linear:

@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,27 @@ def predictions(task: NetTask, data: NetDataModule, repeats: int, quick: bool) -
 
         rates = measure({"batch": Work("predictions", predict)}, repeats, 0.1 if quick else 1.0)["batch"]
     return {"single": latency(measured), "batched": {"batch_samples": size} | rates}
+
+
+def switching(calls: Sequence[Callable[[], object]], rounds: int) -> Entry:
+    """Measure what it costs to take turns, such as between tasks that share a language model.
+
+    Args:
+        calls: One request each.
+        rounds: How often each is made in turn, and as often apart from the others.
+
+    Returns:
+        ``apart_ms`` and ``mixed_ms``, medians of one request each summed up, and ``switch_ms``: what one change costs.
+    """
+    apart: list[list[float]] = [[] for _ in calls]
+    mixed: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(rounds):  # now one way and now the other: a machine that slows down does so to both
+        for call, seconds in zip(calls, apart, strict=True):
+            call()  # behind it there is nothing to change
+            seconds.append(seconds_of(call))
+        for call, seconds in zip(calls, mixed, strict=True):
+            seconds.append(seconds_of(call))
+    sums = [1000 * sum(map(median, times)) for times in (apart, mixed)]
+    return {"apart_ms": sums[0], "mixed_ms": sums[1], "switch_ms": (sums[1] - sums[0]) / len(calls)}
