@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: pages made of files outside docs/, and links that work on the site as well as in the repository."""
+"""Hooks of mkdocs.yml: pages of files outside docs/, and links that work on the site and in the repository."""
 
 import logging
 import re

@@ -1,31 +1,18 @@
-"""The guide on adding a task shows pieces of the real files, and its commands run."""
+"""The guide on adding a task shows every file of the task, and its commands run."""
 
-import re
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from test_documentation import blocks
 
 from netllm_pl.cli import main
 
 ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs" / "adding_a_task.md"
-BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-BLOCKS = [match.groups() for match in BLOCK.finditer(GUIDE.read_text())]
-"""Language, file or None, and text of each block."""
-
-
-def test_each_block_is_code_of_a_file_or_a_command() -> None:
-    assert GUIDE.read_text().count("```") == 2 * len(BLOCKS), "a fence is not closed, or its first line is malformed"
-    assert {language for language, _, _ in BLOCKS} == {"python", "yaml", "bash"}
-    assert all((file is None) == (language == "bash") for language, file, _ in BLOCKS)
-
-
-@pytest.mark.parametrize(("file", "text"), [(file, text) for _, file, text in BLOCKS if file])
-def test_code_in_the_guide_is_code_of_the_task(file: str, text: str) -> None:
-    assert f"\n{text}" in (ROOT / file).read_text(), f"{GUIDE.name} shows what {file} does not hold:\n{text}"
+BLOCKS = blocks("docs/adding_a_task.md")
 
 
 def test_the_guide_shows_each_file_of_the_task() -> None:
