@@ -91,4 +91,6 @@ def _log(trainer: Trainer, costs: dict[str, float]) -> None:
 
 
 def _size(batch: Any) -> int:
-    return len(next(iter(batch.values())))
+    first = next(iter(batch.values()))
+    # Of several tasks that train together there is a batch of each.
+    return sum(map(_size, batch.values())) if isinstance(first, dict) else len(first)

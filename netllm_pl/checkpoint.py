@@ -52,7 +52,8 @@ def plain(value: Any) -> Any:
 
 def frozen_fingerprints(task: nn.Module) -> dict[str, str]:
     """Map module names to the fingerprints of their frozen weights."""
-    return {name: str(m.fingerprint) for name, m in task.named_modules() if hasattr(m, "fingerprint")}
+    found = task.named_modules(remove_duplicate=False)  # one that is used in two places stands in both
+    return {name: str(m.fingerprint) for name, m in found if hasattr(m, "fingerprint")}
 
 
 def trained_names(task: nn.Module) -> set[str]:

@@ -20,6 +20,7 @@ def discover() -> tuple[str, ...]:
     Raises:
         UserError: if another package of that name shadows the one beside netllm_pl.
     """
+    importlib.import_module("netllm_pl.multi_task")  # knows no task, but is one that a config can name
     return (*_import_all(importlib.import_module("tasks")), *_import_all(importlib.import_module("callbacks")))
 
 

@@ -26,6 +26,7 @@ from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkp
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError
+from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
 from netllm_pl.progress import is_quiet, say
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of, note_run
@@ -228,13 +229,25 @@ class CLI(LightningCLI):
         best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
         if not self.trainer.is_global_zero:
             return
+        if isinstance(self.model, MultiTask):
+            self._compare_parts(best)
+        else:
+            from netllm_pl.evaluate import run
+
+            name = type(self.model).__name__ if best is None else str(best)
+            ready = {name: self._on_device()} if best is None else {}
+            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
+            self._log_test(summary[summary["policy"] == name])
+        say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+
+    def _compare_parts(self, best: Path | None) -> None:
+        """Write a checkpoint of each task of several, and compare it with the baselines of that task."""
         from netllm_pl.evaluate import run
 
-        name = type(self.model).__name__ if best is None else str(best)
-        ready = {name: self._on_device()} if best is None else {}
-        summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
-        self._log_test(summary[summary["policy"] == name])
-        say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
+        files = {} if best is None else self.model.divide(best, self.datamodule, self.run_dir)
+        for name, file in files.items():
+            data = self.datamodule.parts[name]
+            run(data, [*data.compared, str(file)], self.run_dir / name)
 
     def _log_test(self, own: "pd.DataFrame") -> None:
         """Let TensorBoard, and so its table of hyper-parameters, have what the best checkpoint is worth."""
@@ -248,6 +261,8 @@ class CLI(LightningCLI):
         """Compare what was tested with the baselines on the test split."""
         if self._get(self.config, "trainer").fast_dev_run or not self.trainer.is_global_zero:
             return
+        if isinstance(self.model, MultiTask):
+            return  # each task has a checkpoint of its own, which evaluate compares with its baselines
         from netllm_pl.evaluate import run
 
         name = self._get(self.config, "ckpt_path") or type(self.model).__name__
