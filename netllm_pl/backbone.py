@@ -150,9 +150,7 @@ class Backbone(nn.Module):
             self.fingerprint += f"-{config.quantize}"
         model.requires_grad_(config.full)
         if config.checkpointing:
-            # The name before transformers 5.20; from then on it is a deprecated alias.
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            checkpoint_activations(model)
         self.model: nn.Module = model if config.lora is None else _adapt(model, config.lora)
         if config.compile:
             compile_layers(self.model)
@@ -243,6 +241,13 @@ class Backbone(nn.Module):
         if implementation != "eager":
             raise UserError(f"backbone.attention {implementation} takes no mask of its own; set it to sdpa")
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a model of transformers recompute activations in the backward pass."""
+    # The name before transformers 5.20; from then on it is a deprecated alias.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def compile_layers(model: nn.Module, dynamic: bool | None = None) -> None:

@@ -1,8 +1,9 @@
 """Measures a task in one run: training, decisions or predictions, the task's own works, and the machine's ceilings.
 
 The file holds ``environment``, ``settings``, ``model``, ``training``, ``decision`` and ``rollout`` (tasks that act) or
-``prediction`` (others), ``works`` (what `NetDataModule.benchmarks` lists), ``ceilings`` and ``ratios``. Names end in
-units; a median has a ``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
+``prediction`` (others), ``published_style`` (the same tokens and weights in the published way, `netllm_pl.published`),
+``works`` (what `NetDataModule.benchmarks` lists), ``ceilings`` and ``ratios``. Names end in units; a median has a
+``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
 """
 
 import json
@@ -20,6 +21,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.machine import can_write, ceilings, environment
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
+from netllm_pl.published import can_restate, published_style
 from netllm_pl.quantize import weight_bytes, weight_count
 from netllm_pl.speed import decisions, many_episodes, predictions, training
 from netllm_pl.task import NetTask
@@ -40,6 +42,7 @@ def run(
     quick: bool = False,
     trainer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    published: bool = True,
 ) -> Entry:
     """Measure, write the file, print a table and where the file lies.
 
@@ -51,6 +54,7 @@ def run(
         quick: Measure for a shorter time, and fewer episodes.
         trainer: The trainer's part of a config, of which `TRAINER` counts.
         config: What to note as the configuration.
+        published: Also measure the published way of running it (`netllm_pl.published`).
 
     Returns:
         What the file holds.
@@ -60,6 +64,10 @@ def run(
     with status("reading the data, recording experience"):
         len(data.dataset("train"))  # not part of the first step
         works = data.benchmarks()
+    restated: Entry | None = None
+    if published and can_restate(task):
+        with status("the published way"):
+            restated = _restated(task, data, repeats, quick, settings)
     with status("training"):
         trained, device = training(task, data, repeats, quick, settings)
     found: Entry = {
@@ -69,6 +77,8 @@ def run(
         "model": describe(task),
         "training": trained,
     }
+    if restated is not None:
+        found["published_style"] = restated
     task.to(device).eval()  # the trainer has put it back on the CPU
     if isinstance(task, ActingTask):
         with status("single decisions"):
@@ -92,6 +102,16 @@ def run(
         print_table(found)
     print(f"wrote {out}")
     return found
+
+
+def _restated(task: NetTask, data: NetDataModule, repeats: int, quick: bool, settings: Mapping[str, Any]) -> Entry:
+    """Measure the published way; that it does not fit into memory is a result, too."""
+    try:
+        return published_style(task, data, repeats, quick, settings)
+    except (UserError, torch.OutOfMemoryError) as error:
+        if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
+            raise
+        return {"out_of_memory": True}
 
 
 def check(out: Path, repeats: int) -> None:
@@ -129,7 +149,14 @@ def ratios(found: Mapping[str, Any], works: Mapping[str, Work]) -> Entry:
         "recomputation_to_streaming": ("decision.full_recomputation.median_ms", "decision.streaming.median_ms"),
         "decision_to_weights_read": ("decision.streaming.median_ms", "ceilings.weights_read_ms"),
         "prediction_to_weights_read": ("prediction.single.median_ms", "ceilings.weights_read_ms"),
+        "training_to_published": ("training.samples_per_s", "published_style.training.samples_per_s"),
+        "published_memory_to_ours": ("published_style.training.peak_memory_gb", "training.peak_memory_gb"),
+        "published_decision_to_streaming": ("published_style.decision.median_ms", "decision.streaming.median_ms"),
+        "rollout_to_published": ("rollout.decisions_per_s", "published_style.decision.decisions_per_s"),
+        "published_prediction_to_single": ("published_style.prediction.median_ms", "prediction.single.median_ms"),
     }
+    if found["environment"]["device_type"] == "cpu":  # there it is the peak of the process, of both together
+        del wanted["published_memory_to_ours"]
     for name, work in works.items():
         if work.beside is not None:
             other = works[work.beside]

@@ -74,12 +74,22 @@ def benchmark(args: list[str]) -> None:
         "--backbone", type=str | None, default=None,
         help="a file such as configs/llm/smollm2_135m.yaml in place of the config's: --model.init_args.backbone",
     )  # fmt: skip
-    parser.add_argument("--random_weights", type=bool, default=False, help="draw the backbone's weights; as fast")
+    parser.add_argument(
+        "--random_weights",
+        type=bool,
+        default=False,
+        help="draw the backbone's weights; as fast (--random-weights, too)",
+    )
+    parser.add_argument(
+        "--published", type=bool, default=True,
+        help="also measure the way of the published code: float32, batches of one, nothing cached",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--repeats", type=int | None, default=None, help="behind each median; null: 5, 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="measure for a shorter time, and fewer episodes")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
     words = [f"--model.init_args.{word[2:]}" if word.partition("=")[0] == "--backbone" else word for word in args]
+    words = ["--random_weights=true" if word == "--random-weights" else word for word in words]
     config = parser.read(words)
     repeats = (2 if config.quick else 5) if config.repeats is None else config.repeats
     check(config.out, repeats)
@@ -94,7 +104,7 @@ def benchmark(args: list[str]) -> None:
     prepare()
     _seed(config.seed_everything)
     built = parser.instantiate(config)
-    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted)
+    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted, config.published)
 
 
 def compare(args: list[str]) -> None:

@@ -194,19 +194,14 @@ def many_episodes(task: ActingTask, data: NetDataModule, episodes: int, repeats:
 
 def predictions(task: NetTask, data: NetDataModule, repeats: int, quick: bool) -> Entry:
     """Time predictions of single samples of the test split, and of whole batches."""
-    test = data.dataset("test")
-
-    def samples(indices: range) -> Batch:
-        return {name: value.to(task.device) for name, value in test[list(indices)].items()}
-
     with evaluating(task), torch.inference_mode():
-        ones = [samples(range(k, k + 1)) for k in range(min(len(test), 10))]
+        ones = single_samples(task, data)
         for one in ones:
             task.predict_step(one, 0)
         measured = [
             seconds_of(partial(task.predict_step, one, 0)) for _ in range(repeats * (1 if quick else 5)) for one in ones
         ]
-        batch = samples(range(min(len(test), data.eval_batch_size)))
+        batch = _samples(task, data, range(min(len(data.dataset("test")), data.eval_batch_size)))
         size = len(next(iter(batch.values())))
 
         def predict() -> float:
@@ -239,3 +234,12 @@ def switching(calls: Sequence[Callable[[], object]], rounds: int) -> Entry:
             seconds.append(seconds_of(call))
     sums = [1000 * sum(map(median, times)) for times in (apart, mixed)]
     return {"apart_ms": sums[0], "mixed_ms": sums[1], "switch_ms": (sums[1] - sums[0]) / len(calls)}
+
+
+def single_samples(task: NetTask, data: NetDataModule) -> list[Batch]:
+    """Return the first ten samples of the test split on the task's device, each a batch of its own."""
+    return [_samples(task, data, range(k, k + 1)) for k in range(min(len(data.dataset("test")), 10))]
+
+
+def _samples(task: NetTask, data: NetDataModule, indices: range) -> Batch:
+    return {name: value.to(task.device) for name, value in data.dataset("test")[list(indices)].items()}

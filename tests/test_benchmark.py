@@ -58,7 +58,9 @@ def test_all_that_is_asked_of_a_task_that_acts_is_measured(streaming: Any) -> No
     for place in (
         "training.samples_per_s", "training.tokens_per_s", "training.tflop_per_s", "training.first_step_s",
         "training.peak_memory_gb", "decision.streaming.median_ms", "decision.streaming.p99_ms",
-        "decision.full_recomputation.median_ms", "rollout.decisions_per_s", "ceilings.matmul_tflop_per_s",
+        "decision.full_recomputation.median_ms", "published_style.training.samples_per_s",
+        "published_style.decision.median_ms", "published_style.decision.p99_ms",
+        "rollout.decisions_per_s", "ceilings.matmul_tflop_per_s",
         "ceilings.copy_gb_per_s", "works.plain_python_1_session.steps_per_s", "works.simulator_1_session.steps_per_s",
         "works.simulator_100_sessions.steps_per_s", "works.simulator_1000_sessions.steps_per_s",
         "works.robust_mpc.decisions_per_s", "works.hindsight.labels_per_s",
@@ -75,9 +77,14 @@ def test_all_that_is_asked_of_a_task_that_acts_is_measured(streaming: Any) -> No
 
 
 def test_ratios_are_of_the_numbers_beside_them(streaming: Any) -> None:
-    expected = {"training_to_matmul", "recomputation_to_streaming", "decision_to_weights_read"} | {
-        f"simulator_{n}_session{'s' * (n > 1)}_to_plain_python_1_session" for n in (1, 100, 1000)
-    }
+    expected = {
+        "training_to_matmul",
+        "recomputation_to_streaming",
+        "decision_to_weights_read",
+        "training_to_published",
+        "published_decision_to_streaming",
+        "rollout_to_published",
+    } | {f"simulator_{n}_session{'s' * (n > 1)}_to_plain_python_1_session" for n in (1, 100, 1000)}
     assert set(streaming["ratios"]) == expected
     for entry in streaming["ratios"].values():
         assert entry["ratio"] == pytest.approx(look_up(streaming, entry["of"]) / look_up(streaming, entry["to"]))
@@ -109,7 +116,9 @@ def test_a_task_that_predicts_is_measured_by_its_predictions(cached: Path, capsy
     main(["benchmark", *VIEWPORTS, *TINY, "--out", str(cached / "viewports.json"), "--debug"])
     found = json.loads((cached / "viewports.json").read_text())
     assert found["works"] == {} and "decision" not in found and "rollout" not in found
-    assert set(found["ratios"]) == {"training_to_matmul", "prediction_to_weights_read"}
+    assert set(found["ratios"]) == {"training_to_matmul", "prediction_to_weights_read"} | {
+        "training_to_published", "published_prediction_to_single",
+    }  # fmt: skip
     assert found["training"]["tokens_per_sample"] == 30, "10 samples of history, 20 queries"
     assert found["prediction"]["single"]["measured"] == 10
     batched = found["prediction"]["batched"]
@@ -137,7 +146,9 @@ def test_weights_are_drawn_when_asked(built: list[Any], tmp_path: Path) -> None:
     words += ["--model.init_args.backbone", f"{{name: {tmp_path / 'model'}, layers: null}}"]
     main([*words, "--debug"])
     main([*words, "--random_weights", "true", "--debug"])
-    own, drawn = (call[0].backbone for call in built)
+    main([*words, "--random-weights", "--debug"])
+    own, drawn, again = (call[0].backbone for call in built)
+    assert drawn.fingerprint == again.fingerprint
     assert own.config.pretrained and not drawn.config.pretrained
     assert own.fingerprint != drawn.fingerprint
     assert [weight.shape for weight in own.parameters()] == [weight.shape for weight in drawn.parameters()]
