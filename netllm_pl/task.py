@@ -200,8 +200,7 @@ class NetTask(pl.LightningModule, ABC):
             {"params": [p for p in trainable if p.dim() > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in trainable if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        fused = all(parameter.is_cuda for parameter in trainable)  # one kernel for all of the many small weights
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)
+        optimizer = adamw(groups, config, fused=all(parameter.is_cuda for parameter in trainable))
         total = self.trainer.estimated_stepping_batches
         if config.schedule == "constant" or total == float("inf"):
             warmup = 0 if total == float("inf") else int(config.warmup * total)
@@ -226,6 +225,14 @@ class NetTask(pl.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another task, backbone or shape."""
         check_identity(self, checkpoint)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool) -> torch.optim.AdamW:
+    """Make the optimiser; fused, it takes one kernel for all of the many small weights of adapters."""
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused or None)
+    # Else Lightning refuses to clip gradients in mixed precision: this would say that the optimiser unscales them.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def each_tensor(prediction: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from netllm_pl import task as task_module
 from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
@@ -131,6 +132,33 @@ def test_a_compiled_policy_decides_alike(compiled: dict[str, Any]) -> None:
     played = [rollout(env, task.as_policy(static=static), [0, 1]).actions for static in (False, True, True)]
     assert (played[0] == played[1]).all() and (played[0] == played[2]).all()
     assert graphs(compiled) == 1
+
+
+# The optimiser --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_fused_optimiser_learns_alike_and_gradients_are_clipped(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is used on a GPU, here on a CPU."""
+    plain, learned = task_module.adamw, []
+    for fused in (False, True):
+        monkeypatch.setattr(task_module, "adamw", lambda groups, config, fused, own=fused: plain(groups, config, own))
+        pl.seed_everything(0, verbose=False)
+        task = AdaptiveBitrate(tiny_backbone(lora=NO_DROPOUT), width=16, rescale=0.0)
+        trainer = pl.Trainer(
+            accelerator="cpu", precision=precision, max_steps=3, gradient_clip_val=0.1, limit_val_batches=0,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(task, datamodule=streaming_data())
+        optimizer = trainer.optimizers[0]
+        assert bool(optimizer.param_groups[0]["fused"]) is fused
+        learned.append({name: weight.detach() for name, weight in task.named_parameters() if weight.requires_grad})
+    for name, weight in learned[0].items():
+        torch.testing.assert_close(learned[1][name], weight, rtol=1e-4, atol=1e-6)
 
 
 # Merged adapters ------------------------------------------------------------------------------------------------------
