@@ -94,6 +94,11 @@ def explain(message: str, words: Sequence[str] = ()) -> str:
     strange = re.search(r"Expected a dot import path string: (\S+)", inner)
     if strange:
         return _cut(f"{key}: no class is called '{strange[1]}'; give the name of a known class or its full import path")
+    unread = re.search(r"Unable to load config '([^']+)'", message)
+    if unread:
+        key = ".".join(dict.fromkeys(keys))  # the last one is named twice
+        example = f", such as --{key}.name {unread[1]}" if key.endswith("backbone") else ""
+        return _cut(f"{key} is '{unread[1]}'; expected a file that exists, or keys with values{example}")
     if not what:
         return _cut(f"{key}: {inner or message.rpartition(': ')[2]}")
     return _cut(f"{key} is {_value(value)}; expected {what}")
