@@ -266,7 +266,7 @@ def test_no_model_and_no_data(complain: Complain) -> None:
         ("rank:", "rnk:", "unknown key of model.backbone.lora 'rnk'. Did you mean 'rank'? Known: alpha, "),
         ("trim_tail:", "trim_tial:", "unknown key of data 'trim_tial'. Did you mean 'trim_tail'?"),
         ("max_steps:", "max_step:", "unknown key of trainer 'max_step'. Did you mean 'max_steps'?"),
-        ("trainer:", "trainr:", "unknown key 'trainr'. Did you mean 'trainer'? Known: ckpt_path, costs, data, figures, model"),
+        ("trainer:", "trainr:", "unknown key 'trainr'. Did you mean 'trainer'? Known: ckpt_path, costs, data"),
         ("trim_tail: 20", "trim_tail: many", "data.trim_tail is 'many'; expected int"),
         ("rank: 2", "rank: big", "model.backbone.lora.rank is 'big'; expected int"),
         ("lr: 0.001", "lr: fast", "model.optimizer.lr is 'fast'; expected float"),
