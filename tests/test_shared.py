@@ -17,7 +17,7 @@ from netllm_pl.checkpoint import KEY, identity, load_task, trained_names
 from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
 from netllm_pl.export import export
-from netllm_pl.quantize import weight_bytes
+from netllm_pl.quantize import parts_of, weight_bytes
 from netllm_pl.shared import held_bytes, load_tasks, share
 from netllm_pl.speed import switching
 from netllm_pl.task import NetTask
@@ -175,6 +175,34 @@ def test_quantised_weights_are_shared_too(bits: Any, tmp_path: Path, data: list[
     saved = held_bytes(apart) - held_bytes(tasks)
     # bitsandbytes itself has one table for all weights.
     assert 0.99 * sum(map(weight_bytes, frozen)) < saved <= sum(map(weight_bytes, frozen))
+
+
+def test_int8_weights_stay_shared_where_they_are_moved() -> None:
+    """They are no plain tensors: torch moves the parts of such a weight and keeps the weight."""
+    pytest.importorskip("torchao")
+    tasks = [ViewportPrediction(backbone=replace(BACKBONE, quantize="int8"), vision=None, width=16) for _ in range(2)]
+    share(tasks)
+    tasks[0].to("meta")
+    moved, other = ([p for p in task.parameters() if len(parts_of(p)) > 1] for task in tasks)
+    assert len(moved) == 14 and all(one is two for one, two in zip(moved, other, strict=True))
+    assert {part.device.type for weight in other for part in parts_of(weight)} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [None, "int8", "nf4"])
+def test_on_a_gpu_the_frozen_weights_exist_once(bits: Any, data: list[NetDataModule]) -> None:
+    backbone = replace(BACKBONE, quantize=bits, dtype="bfloat16")
+    tasks = [ViewportPrediction(backbone=backbone, vision=None, width=16).eval() for _ in range(2)]
+    share(tasks)
+    for task in tasks:
+        task.to("cuda")
+    frozen = [
+        [part.data_ptr() for p in task.parameters() if not p.requires_grad for part in parts_of(p)] for task in tasks
+    ]
+    assert frozen[0] == frozen[1]
+    batch = {name: value.cuda() for name, value in data[0].dataset("test")[[0, 1]].items()}
+    with torch.no_grad():
+        assert all(task(batch).isfinite().all() for task in tasks)
 
 
 @pytest.mark.parametrize(
