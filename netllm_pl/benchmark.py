@@ -2,8 +2,8 @@
 
 The file holds ``environment``, ``settings``, ``model``, ``training``, ``decision`` and ``rollout`` (tasks that act) or
 ``prediction`` (others), ``published_style`` (the same tokens and weights in the published way, `netllm_pl.published`),
-``works`` (what `NetDataModule.benchmarks` lists), ``ceilings`` and ``ratios``. Names end in units; a median has a
-``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
+``works`` (what `NetDataModule.benchmarks` lists), ``ceilings``, ``scaling`` if it is asked for, and ``ratios``. Names
+end in units; a median has a ``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
 """
 
 import json
@@ -23,6 +23,8 @@ from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.published import can_restate, published_style
 from netllm_pl.quantize import weight_bytes, weight_count
+from netllm_pl.scaling import check as check_scaling
+from netllm_pl.scaling import scaling
 from netllm_pl.speed import decisions, many_episodes, predictions, training
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, measure, ratio
@@ -43,6 +45,7 @@ def run(
     trainer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     published: bool = True,
+    largest: int | None = None,
 ) -> Entry:
     """Measure, write the file, print a table and where the file lies.
 
@@ -55,11 +58,14 @@ def run(
         trainer: The trainer's part of a config, of which `TRAINER` counts.
         config: What to note as the configuration.
         published: Also measure the published way of running it (`netllm_pl.published`).
+        largest: Also measure how cost grows with size (`netllm_pl.scaling`), up to this one; null does not.
 
     Returns:
         What the file holds.
     """
     check(out, repeats)
+    if largest is not None:
+        check_scaling(data, largest)
     settings = {name: value for name, value in (trainer or {}).items() if name in TRAINER and value is not None}
     with status("reading the data, recording experience"):
         len(data.dataset("train"))  # not part of the first step
@@ -95,6 +101,9 @@ def run(
         found["ceilings"]["weights_read_ms"] = 1000 * found["model"]["backbone_gb"] / found["ceilings"]["copy_gb_per_s"]
     with status("the task's own works"):
         found["works"] = measure(works, repeats, 0.1 if quick else 1.0)
+    if largest is not None:
+        with status("growing numbers of episodes and steps"):
+            found["scaling"] = scaling(task, data, largest)
     found["ratios"] = ratios(found, works)
     with atomic(out) as temporary:
         temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")

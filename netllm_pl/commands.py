@@ -84,6 +84,10 @@ def benchmark(args: list[str]) -> None:
         "--published", type=bool, default=True,
         help="also measure the way of the published code: float32, batches of one, nothing cached",
     )  # fmt: skip
+    parser.add_argument(
+        "--scaling", type=int | None, default=None,
+        help="also measure up to so many episodes side by side and steps of a pool, such as 1000000; null does not",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--repeats", type=int | None, default=None, help="behind each median; null: 5, 2 with --quick")
     parser.add_argument("--quick", action="store_true", help="measure for a shorter time, and fewer episodes")
@@ -104,7 +108,7 @@ def benchmark(args: list[str]) -> None:
     prepare()
     _seed(config.seed_everything)
     built = parser.instantiate(config)
-    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted, config.published)
+    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted, config.published, config.scaling)
 
 
 def compare(args: list[str]) -> None:
