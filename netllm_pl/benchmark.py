@@ -30,6 +30,8 @@ from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, measure, ratio
 
 FORMAT = 1
+RATIOS = "ratios.json"
+"""File of docs/results/benchmark with the ratios of all others there (`regression`)."""
 TRAINER = ("accelerator", "precision", "gradient_clip_val")
 """What of a config's trainer counts for the speed of a step."""
 ABOUT = ("format", "environment", "settings", "ratios")
@@ -173,6 +175,24 @@ def ratios(found: Mapping[str, Any], works: Mapping[str, Work]) -> Entry:
             wanted[f"{name}_to_{work.beside}"] = places
     known = {place for place, _ in leaves(found)}
     return {name: ratio(found, *places) for name, places in wanted.items() if known.issuperset(places)}
+
+
+def regression(folder: Path) -> dict[str, dict[str, float]]:
+    """Collect the ratios of all files of a folder that `run` wrote, four digits each: what later runs are held against.
+
+    Args:
+        folder: It also holds ``ratios.json``, which is what this gives.
+
+    Raises:
+        UserError: A file is none of this format.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for file in sorted(set(folder.glob("*.json")) - {folder / RATIOS}):
+        held = json.loads(file.read_text())
+        if not isinstance(held, dict) or held.get("format") != FORMAT:
+            raise UserError(f"{file} is no benchmark of format {FORMAT}; measure it again")
+        found[file.stem] = {name: float(f"{entry['ratio']:.4g}") for name, entry in held["ratios"].items()}
+    return found
 
 
 def leaves(entries: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -128,6 +128,27 @@ def test_a_task_that_predicts_is_measured_by_its_predictions(cached: Path, capsy
     assert "prediction.single.median_ms / ceilings.weights_read_ms = " in printed
 
 
+# The regression file --------------------------------------------------------------------------------------------------
+
+
+def test_the_regression_file_holds_the_ratios_of_the_files_beside_it() -> None:
+    """Each is of two numbers of its file."""
+    folder = ROOT / "docs" / "results" / "benchmark"
+    kept = json.loads((folder / benchmark.RATIOS).read_text())
+    assert kept == benchmark.regression(folder) and len(kept) >= 2
+    for name, kept_ratios in kept.items():
+        measured = json.loads((folder / f"{name}.json").read_text())
+        assert kept_ratios and kept_ratios.keys() == measured["ratios"].keys()
+        for entry in measured["ratios"].values():
+            assert entry["ratio"] == pytest.approx(look_up(measured, entry["of"]) / look_up(measured, entry["to"]))
+
+
+def test_other_files_are_no_regression(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"format": 0}')
+    with pytest.raises(UserError, match=r"other\.json is no benchmark of format 1; measure it again"):
+        benchmark.regression(tmp_path)
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 
