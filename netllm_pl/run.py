@@ -291,7 +291,10 @@ class _SaveConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+            # Not what this part goes on from: the file describes the whole run, and whoever runs it again starts anew.
+            whole = self.config.clone()
+            whole.ckpt_path = None
+            self.parser.save(whole, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
 
 
 def prepare() -> None:

@@ -241,5 +241,6 @@ def test_a_killed_run_goes_on_to_the_same_end(whole: Path, config: Path) -> None
     done = torch.load(last, weights_only=True)["global_step"]
     resumed = fit(config, folder, *OFTEN, "--ckpt_path", str(last))
     assert 1 <= done <= 12
+    assert yaml.safe_load((folder / "config.yaml").read_text())["ckpt_path"] is None, "its config begins a run anew"
     assert column(resumed, "train/loss", done) == column(pd.read_csv(whole / "metrics.csv"), "train/loss", done)
     same_end(whole, folder)
