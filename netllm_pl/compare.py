@@ -68,11 +68,13 @@ class Run:
         metric, more = self.monitored
         found = self.curves.dropna(subset=[metric]) if metric in self.curves else self.curves.iloc[:0]
         best = None if found.empty else found.loc[found[metric].idxmax() if more else found[metric].idxmin()]
+        # Where a resumed part ends with a validation, that is logged one step further than its last step of training.
+        steps = self.note.get("steps") or int(self.curves["step"].max()) + 1
         trained, size = self.note.get("trained_parameters"), self.note.get("parameters")
         return {
             "task": self.task,
             "finished": self.finished,
-            "steps": int(self.curves["step"].max()) + 1,
+            "steps": steps,
             "train_s": self.note.get("train_s"),
             "trainable_share": trained / size if trained is not None and size else None,
             "monitor": metric,

@@ -142,6 +142,13 @@ def test_the_parts_of_a_run_are_joined_at_the_step_from_which_it_went_on(tmp_pat
         read_curves(tmp_path / "none")
 
 
+def test_a_validation_behind_the_last_step_is_no_step(tmp_path: Path) -> None:
+    path = run_of(tmp_path / "resumed") / "metrics.csv"
+    metrics = pd.read_csv(path)
+    pd.concat([metrics, metrics.tail(1).assign(step=6)]).to_csv(path, index=False)
+    assert compare([tmp_path / "resumed"], tmp_path / "out")["steps"].item() == 6
+
+
 def test_runs_of_the_same_name_are_called_by_their_paths(tmp_path: Path) -> None:
     runs = [run_of(tmp_path / place / "run") for place in ("a", "b")]
     assert compare(runs, tmp_path / "out")["run"].tolist() == [str(run) for run in runs]
