@@ -190,10 +190,20 @@ class Backbone(nn.Module):
             raise UserError(f"backbone {self.config.name}: an encoder keeps no key/value cache; take a causal model")
         if positions is not None:
             extra["position_ids"] = positions
+        learning = self.training and torch.is_grad_enabled()
+        graph = learning and self.config.training_graph and tokens.device.type == "cuda"
+        if (graph or self._instead) and self.causal and cache is None and mask is None:
+            # transformers takes another way while a graph is captured than before, unless it finds a whole mask.
+            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()[
+                None, None
+            ]
+            if positions is None:  # which some models would else count in the mask
+                extra["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        graph = graph and mask is not None and mask.dim() == 4
         attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask)
         values, inputs = tokens.to(self.dtype), {"attention_mask": attention, **extra}
-        learning = self.training and torch.is_grad_enabled()
-        hidden = self._captured(values, attention, positions) if learning and cache is None else None
+        places: Tensor | None = extra.get("position_ids")
+        hidden = self._captured(values, attention, places) if graph and self.causal and cache is None else None
         if hidden is None:
             model = self._instead[0] if self._instead else self.model
             # Only training always comes in the same shape; anything else would be compiled again and again.
@@ -204,9 +214,7 @@ class Backbone(nn.Module):
         return result
 
     def _captured(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-        """Run a training pass by CUDA graphs, if that is asked for and they are of this shape."""
-        if not self.config.training_graph or tokens.device.type != "cuda" or not self.causal:
-            return None
+        """Run a training pass by CUDA graphs, if they are of this shape."""
         if not self._graph:
             self._graph.append(LearningGraph(self.model))
         return self._graph[0](tokens, mask, positions)

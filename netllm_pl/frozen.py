@@ -148,8 +148,14 @@ _PREDICTORS: "WeakKeyDictionary[NetTask, dict[Any, int | Predictor]]" = WeakKeyD
 def predict(task: "NetTask", batch: Batch) -> Any:
     """Predict a batch, on a GPU by a CUDA graph if such a batch has come before."""
     backbone = task.backbone
-    graphs = backbone is not None and backbone.config.graphs and task.device.type == "cuda"
-    if not graphs or not task.fixed or task.training or torch.is_grad_enabled():
+    if (
+        backbone is None
+        or not backbone.config.graphs
+        or task.device.type != "cuda"
+        or not task.fixed
+        or task.training
+        or torch.is_grad_enabled()
+    ):
         return task(batch)
     known = _PREDICTORS.setdefault(task, {})
     shape = tuple((name, value.shape, value.dtype) for name, value in batch.items())
@@ -157,7 +163,7 @@ def predict(task: "NetTask", batch: Batch) -> Any:
     if isinstance(found, Predictor) and found.places == places_of(task):
         return found(batch)
     seen = found + 1 if isinstance(found, int) else SEEN
-    known[shape] = seen if seen < SEEN else Predictor(task, batch, capture=True)
+    known[shape] = seen if seen < SEEN or not backbone.causal else Predictor(task, batch, capture=True)
     for oldest in list(known)[: max(0, len(known) - KEPT)]:
         del known[oldest]
     ready = known[shape]

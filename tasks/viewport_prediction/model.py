@@ -16,13 +16,17 @@ from netllm_pl.errors import UserError
 from netllm_pl.task import NetTask, OptimizerConfig
 
 ANGLES = ("roll", "pitch", "yaw")
-MIRROR = (-1.0, 1.0, -1.0)
-"""What a mirror image does to the angles."""
 
 
 def wrap(degrees: Tensor) -> Tensor:
     """Bring angles to [-180, 180)."""
     return (degrees + 180) % 360 - 180
+
+
+def mirrored(angles: Tensor) -> Tensor:
+    """Exchange left and right in angles (..., 3)."""
+    roll, pitch, yaw = angles.unbind(-1)
+    return torch.stack([-roll, pitch, -yaw], dim=-1)
 
 
 def unwrapped(angles: Tensor) -> Tensor:
@@ -36,8 +40,9 @@ def with_mirror(batch: Batch) -> Batch:
     Pictures stay as they are; `frame` says that their yaw y is -y in the mirror.
     """
     history = batch["history"]
-    frame = batch.get("frame", history.new_tensor([1.0, 0.0]).expand(len(history), 2))
-    image = {"history": history * history.new_tensor(MIRROR), "frame": -frame}
+    one = torch.ones_like(history[:, 0, 0])
+    frame = batch.get("frame", torch.stack([one, torch.zeros_like(one)], dim=-1))
+    image = {"history": mirrored(history), "frame": -frame}
     both = {**batch, "frame": frame}
     return {name: torch.cat([value, image.get(name, value)]) for name, value in both.items()}
 
@@ -122,7 +127,7 @@ class ViewportModel(NetTask):
         if self.training or not self.mirror_average:
             return self.extrapolate(batch)
         seen, reflected = self.extrapolate(with_mirror(batch)).chunk(2)
-        return seen + wrap(reflected * seen.new_tensor(MIRROR) - seen) / 2
+        return seen + wrap(mirrored(reflected) - seen) / 2
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the unwrapped history (B, history, 3) and its last sample (B, 1, 3)."""
