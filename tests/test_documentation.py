@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -109,6 +110,8 @@ def called(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 def prepared(folder: Path, page: str) -> Path:
     """Give a page's folder the repository's configs, files that the page shows, and data that its reader has."""
     (folder / "configs").symlink_to(ROOT / "configs")
+    if page.startswith("docs/results/"):
+        shutil.copytree((ROOT / page).parent, (folder / page).parent)  # which some pages read and write
     for block in blocks(page):
         if block.title and not titled(block):
             (folder / block.title).write_text(block.text)
