@@ -183,10 +183,10 @@ def test_a_video_is_a_name_or_a_path(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         ({"traces": "fc"}, r"unknown traces 'fc'. Did you mean 'fcc'\?.*path"),
-        ({"traces": "fcc", "data_dir": "nowhere"}, r"nowhere/abr/traces_train.parquet does not exist; .*NETLLM_DATA"),
+        ({"traces": "fcc", "data_dir": "nowhere"}, r"nowhere/abr/traces_train.parquet does not exist .*NETLLM_DATA"),
         (
             {"video": "video1", "data_dir": "nowhere"},
-            r"nowhere/abr/videos.json does not exist; .*--data.video generated",
+            r"nowhere/abr/videos.json does not exist .*--data.video generated",
         ),
         ({"video": "no/such.json"}, r"unknown video 'no/such.json'.*path"),
         ({"history": 0}, "data.history is 0; it must be at least 1"),
