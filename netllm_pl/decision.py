@@ -197,7 +197,7 @@ class DecisionTask(OfflineTask):
         Args:
             streaming: Keep earlier tokens in a key/value cache; False runs all of the episode again at every step.
             static: Keep them in fixed places, with LoRA merged into the weights (`netllm_pl.streaming`): the same
-                answers, on a GPU from captured CUDA graphs. None does so on a GPU, unless ``backbone.graphs`` is off.
+                answers, on a GPU from captured CUDA graphs. None does so on a GPU if ``backbone.graphs`` is on.
         """
         assert self.backbone is not None
         gpu = self.device.type == "cuda" and self.backbone.config.graphs
