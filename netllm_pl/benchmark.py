@@ -166,7 +166,7 @@ def ratios(found: Mapping[str, Any], works: Mapping[str, Work]) -> Entry:
         "rollout_to_published": ("rollout.decisions_per_s", "published_style.decision.decisions_per_s"),
         "published_prediction_to_single": ("published_style.prediction.median_ms", "prediction.single.median_ms"),
     }
-    if found.get("environment", {}).get("device_type") == "cpu":  # there it is the peak of the process, of both together
+    if found.get("environment", {}).get("device_type") == "cpu":  # there it is the peak of both together
         del wanted["published_memory_to_ours"]
     for name, work in works.items():
         if work.beside is not None:
