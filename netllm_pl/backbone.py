@@ -37,7 +37,6 @@ LORA_TARGETS: dict[str, list[str]] = {
 }
 """Attention inputs by architecture; all others name them q_proj and v_proj (Llama, Mistral, Qwen, OPT ...)."""
 
-
 POSITIONS = ("wpe", "embed_positions")
 """What GPT-2 (and its kin) and OPT call their learned position vectors; other models compute theirs."""
 
@@ -129,9 +128,7 @@ class Backbone(nn.Module):
         if config.full and config.lora is not None:
             raise UserError("backbone: full and lora exclude each other; set lora: null for a full fine-tune")
         if config.full and config.quantize is not None:
-            raise UserError(
-                f"backbone: full trains all weights, {config.quantize} ones cannot learn; leave out quantize"
-            )
+            raise UserError(f"backbone: full trains all weights, {config.quantize} ones cannot learn; drop quantize")
         model = _load(config)
         embedding = model.get_input_embeddings()
         weight: Tensor = embedding.get_parameter("weight").detach()
@@ -155,7 +152,7 @@ class Backbone(nn.Module):
         if config.compile:
             compile_layers(self.model)
         self._instead: list[nn.Module] = []  # in a list, so that it is no part of this module
-        self._graph: list[LearningGraph] = []
+        self._graph: LearningGraph | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -191,33 +188,27 @@ class Backbone(nn.Module):
         if positions is not None:
             extra["position_ids"] = positions
         learning = self.training and torch.is_grad_enabled()
-        graph = learning and self.config.training_graph and tokens.device.type == "cuda"
-        if (graph or self._instead) and self.causal and cache is None and mask is None:
+        alone = self.causal and cache is None
+        graph = alone and learning and self.config.training_graph and tokens.device.type == "cuda"
+        if alone and mask is None and (graph or self._instead):
             # transformers takes another way while a graph is captured than before, unless it finds a whole mask.
-            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()[
-                None, None
-            ]
+            size = tokens.shape[1]
+            mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=tokens.device).tril()
             if positions is None:  # which some models would else count in the mask
-                extra["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        graph = graph and mask is not None and mask.dim() == 4
+                extra["position_ids"] = torch.arange(size, device=tokens.device)[None]
         attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask)
-        values, inputs = tokens.to(self.dtype), {"attention_mask": attention, **extra}
-        places: Tensor | None = extra.get("position_ids")
-        hidden = self._captured(values, attention, places) if graph and self.causal and cache is None else None
+        values, hidden = tokens.to(self.dtype), None
+        if graph and mask is not None and mask.dim() == 4:
+            self._graph = self._graph or LearningGraph(self.model)
+            hidden = self._graph(values, attention, extra.get("position_ids"))
         if hidden is None:
             model = self._instead[0] if self._instead else self.model
             # Only training always comes in the same shape; anything else would be compiled again and again.
             plain = self.config.compile and not learning and not self._instead
             with torch.compiler.set_stance("force_eager") if plain else nullcontext():
-                hidden = model(inputs_embeds=values, **inputs).last_hidden_state
+                hidden = model(inputs_embeds=values, attention_mask=attention, **extra).last_hidden_state
         result: Tensor = hidden.float()
         return result
-
-    def _captured(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
-        """Run a training pass by CUDA graphs, if they are of this shape."""
-        if not self._graph:
-            self._graph.append(LearningGraph(self.model))
-        return self._graph[0](tokens, mask, positions)
 
     @contextmanager
     def replaced(self, model: nn.Module) -> Iterator[None]:
