@@ -1,5 +1,7 @@
 """Moving average of the weights: steadier than the weights of any one step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,3 +88,17 @@ class MovingAverage(Callback):
             self._learning[name].copy_(average)
             average.copy_(latest)
         self._swapped = bool(self._average) and not self._swapped
+
+
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """Let the model in training have its average, if the trainer keeps one, while the body runs."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    own = [callback for callback in callbacks if isinstance(callback, MovingAverage)]
+    for callback in own:
+        callback._swap()
+    try:
+        yield
+    finally:
+        for callback in own:
+            callback._swap()

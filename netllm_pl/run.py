@@ -131,8 +131,10 @@ class CLI(LightningCLI):
                 *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
             ]
         if self.subcommand == "fit" and not config.fast_dev_run:
-            callbacks += self._watchers(callbacks)
+            watchers = self._watchers(callbacks)
+            # first the checkpoints, with their timer: the last figures are not training
             callbacks += [] if config.get("enable_checkpointing") is False else self._checkpoints()
+            callbacks += watchers
         if self.subcommand == "predict":
             callbacks.append(PredictionTable(free_place(self.run_dir, "predictions.parquet", "predict")))
         try:

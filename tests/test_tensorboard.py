@@ -19,6 +19,7 @@ from callbacks import cost, figures
 from callbacks.cost import CostMonitor
 from callbacks.figures import Figures
 from callbacks.hyperparameters import HyperParameters, flatten
+from callbacks.moving_average import MovingAverage
 from callbacks.rollout import RolloutEvaluation
 from netllm_pl.cli import main
 from netllm_pl.data import Batch, NetDataModule
@@ -202,9 +203,11 @@ def test_the_time_of_a_decision_is_the_policys(clock: Clock, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("share", "drawn"),
     [
-        (0.0, [4, 19]),  # the first and the last
+        (0.0, [19]),  # what comes out in the end
         (1.0, [4, 9, 14, 19]),
-        (0.62, [4, 14, 19]),  # 23 s the first; 26 would be more than that share of 34 s, and not of 42.5 s
+        (0.15, [14, 19]),  # 2 s are expected of the first: not that share of 11 s, but of 19.5 s
+        (0.6, [9, 19]),  # 23 s the first; 26 would be more than that share of 42.5 s,
+        (0.62, [9, 14, 19]),  # and less than this one
     ],
 )
 def test_drawing_keeps_to_its_share(share: float, drawn: list[int], clock: Clock, tmp_path: Path) -> None:
@@ -221,17 +224,42 @@ class WatchedData(DrawingData):
         return super().watch(policy)
 
 
-@pytest.mark.parametrize(("share", "drawn"), [(0.7, [4, 19]), (0.77, [4, 14, 19])])
+@pytest.mark.parametrize(("share", "drawn"), [(0.7, [9, 19]), (0.77, [9, 14, 19])])
 def test_predicting_for_figures_counts_too(share: float, drawn: list[int], clock: Clock, tmp_path: Path) -> None:
     """At the third validation 27 + 7 s would be spent of 46.5 s."""
     fit(tmp_path, SlowTask(clock), WatchedData(clock), [Figures(share)])
     assert [image.step for image in events(tmp_path).Images("figures/lines")] == drawn
 
 
+def test_the_end_is_drawn_where_no_validation_is_due(clock: Clock, tmp_path: Path) -> None:
+    data, task = DrawingData(clock), SlowTask(clock)
+    fit(tmp_path, task, data, [Figures(0.0, baselines=["one"])], max_steps=18)
+    assert [image.step for image in events(tmp_path).Images("figures/lines")] == [17]
+    assert data.watched == [task, "one"] and task.training
+    fit(tmp_path / "none", SlowTask(clock), data, [Figures(0.0)], limit_val_batches=0)
+    assert events(tmp_path / "none").Tags()["images"] == [], "who wants no validation gets no figures of it"
+
+
+class WeighedData(DrawingData):
+    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
+        if isinstance(policy, NetTask):
+            assert not policy.training
+            self.weights = {name: weight.clone() for name, weight in policy.state_dict().items()}
+        return super().watch(policy)
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_end_is_that_of_the_averaged_weights(tmp_path: Path) -> None:
+    data, task = WeighedData(), SlowTask()
+    fit(tmp_path, task, data, [MovingAverage(), Figures(0.0)], max_steps=18)
+    torch.testing.assert_close(data.weights, dict(task.state_dict()), rtol=0, atol=0)
+
+
 @pytest.mark.usefixtures("clock")
 def test_drawing_changes_no_losses(tmp_path: Path) -> None:
     losses = []
     for name, callbacks in (("with", [Figures(1.0)]), ("without", [])):
+        pl.seed_everything(0, verbose=False)  # of the first weights
         fit(tmp_path / name, SlowTask(), DrawingData(), callbacks)  # type: ignore[arg-type]
         losses.append([scalars(tmp_path / name, tag) for tag in ("train/loss", "val/loss")])
     assert losses[0] == losses[1] and len(losses[0][1]) == 4
@@ -245,6 +273,13 @@ def test_the_episodes_of_the_rollout_are_drawn_and_not_played_again(clock: Clock
     assert [image.step for image in events(tmp_path).Images("figures/lines")] == [4, 14], "where episodes were played"
     assert len(data.watched) == 2 and all(policy.policy is task for policy in data.watched)
     assert data.title == "model"
+
+
+def test_the_last_episodes_that_were_played_are_drawn_in_the_end(clock: Clock, tmp_path: Path) -> None:
+    data = ActingData(clock)
+    fit(tmp_path, ActingTask(clock), data, [RolloutEvaluation(every_n=2), Figures(0.0, baselines=[])])
+    assert [image.step for image in events(tmp_path).Images("figures/lines")] == [14], "of the validation at step 14"
+    assert len(data.watched) == 2, "no episode is played for a picture"
 
 
 def test_data_without_figures_is_not_watched(tmp_path: Path) -> None:
