@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the whole suite in a process a core; for chosen files, to start those would take longer than it saves."""
+    cores = min(8, os.cpu_count() or 1)
+    return cores if config.args_source is pytest.Config.ArgsSource.TESTPATHS and cores > 1 else 0
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """Folder with the public data sets; tests that need it are skipped where there is none."""
