@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Waiting threads that spin make small operations many times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import pandas as pd
 import pytest
 import torch
 
@@ -28,6 +29,27 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; set NETLLM_DATA to the folder that holds viewport/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def little_data(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The public data sets cut down, in the same layout: for commands that only need to run."""
+    root = tmp_path_factory.mktemp("public") / "data"
+    for folder in ("abr", "viewport"):
+        (root / folder).mkdir(parents=True)
+    for path in sorted(data_dir.glob("abr/*.parquet")):
+        table = pd.read_parquet(path).astype({"trace_name": str})
+        table = table[table["trace_name"].isin(table["trace_name"].unique()[::10])]
+        table.to_parquet(root / "abr" / path.name, index=False)
+    for path in sorted(data_dir.glob("viewport/*.parquet")):
+        table = pd.read_parquet(path)
+        table = table[(table["video"] + table["user"]) % 5 == 0]
+        begin = table.groupby(["video", "user"])["t"].transform("min")
+        table[table["t"] - begin < 60].to_parquet(root / "viewport" / path.name, index=False)
+    for name in ("abr/videos.json", "cjs", "../weights"):
+        if (data_dir / name).exists():
+            (root / name).symlink_to((data_dir / name).resolve())
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Every block of code in README, CONTRIBUTING, docs and the tasks' READMEs is run, or read by what would run it.
 
 Bash expands the blocks of a page, with programs in place of the real ones that only note how they were called. The
-parser reads every command of ours that comes out; those that need neither public data nor a network are run, small.
+parser reads every command of ours that comes out, and all but a few are run, small; those on public data run on a part
+of them where they are found.
 """
 
 import json
@@ -50,8 +51,10 @@ fi
 if [[ "$*" =~ \ (collect|export)\ .*--out\ ([^ ]+) ]]; then mkdir -p "${BASH_REMATCH[2]}"; fi
 """
 """Stands for a program: notes how it was called, and leaves the checkpoints and folders that the real one would."""
-UNRUN = re.compile(r"(fcc|jin2022|jin2022_baseline|tpch)\.yaml|/public_data/|exp_pool\.pkl| (fetch|benchmark) ")
-"""Needs public data or a network; or, as `benchmark`, long."""
+PUBLIC = re.compile(r"(fcc|jin2022|jin2022_baseline|tpch)\.yaml|/public_data/| fetch (jin2022|wu2017|tpch) ")
+"""Needs public data, of which some are enough; what is there is not fetched."""
+UNRUN = re.compile(r"exp_pool\.pkl| (fetch smollm2-135m|benchmark) ")
+"""Needs a network or a file that the reader has; or, as `benchmark`, long: `tests/test_benchmark.py` runs it."""
 ELSEWHERE = {
     "docs/adding_a_task.md": "test_adding_a_task.py",
     "docs/tensorboard.md": "test_cli.py, test_tensorboard.py",
@@ -249,31 +252,58 @@ def small(words: list[str]) -> list[str]:
         more += EPISODES if config.data.init_args.get("experience") else []
     if words[0] in ("fit", "validate", "test", "predict"):
         more += [*shlex.split(FEW_STEPS), "--trainer.max_steps", "4" if config.get("ckpt_path") else "2"]
-        if config.model.init_args.get("backbone"):
+        if config.model.init_args.get("backbone") and not config.model.init_args.backbone.full:
             more += ["--model.init_args.backbone", str(ROOT / "configs" / "llm" / "tiny_random.yaml")]
             more += ["--model.init_args.backbone.quantize", "null"]  # rows of the tiny one are shorter than a block
-    return [*words, *more, *(["--episodes", "6"] if words[0] == "collect" else [])]
+    return [*words, *more, *(["--episodes", "6", "--parallel", "3"] if words[0] == "collect" else [])]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.language != "text" for block in blocks(page))])
-def test_what_needs_no_public_data_runs(
-    page: str, called: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def made(words: list[str]) -> Path | None:
+    """Folder of a run or pool that a command makes."""
+    option = {"fit": "--run_dir", "collect": "--out"}.get(words[0])
+    return Path(words[words.index(option) + 1]) if option in words else None
+
+
+def with_code() -> list[Any]:
+    """Pages with code that needs nothing, and again those with commands on public data."""
+    pages = [page for page in PAGES if any(block.language != "text" for block in blocks(page))]
+    also = [page for page in pages if re.search(PUBLIC.pattern + r"|\$NETLLM_DATA", (ROOT / page).read_text())]
+    return [*((page, False) for page in pages), *((page, True) for page in also if page not in ELSEWHERE)]
+
+
+@pytest.mark.parametrize(("page", "public"), with_code())
+def test_commands_run(
+    page: str,
+    public: bool,
+    called: Any,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(prepared(tmp_path, page))
-    done = set()
+    if public:
+        monkeypatch.setenv("NETLLM_DATA", str(request.getfixturevalue("little_data")))
+    done: dict[str, Path | None] = {}
     for block, calls in zip(blocks(page), called(page)[1], strict=True):
-        if block.language == "python" and not titled(block):
+        if block.language == "python" and not titled(block) and not public:
             names: dict[str, Any] = {}
             exec(compile(block.text, page, "exec"), names)
             if "figures" in names:
                 watched = {"static": {"episodes": pd.DataFrame({"mae": [1.0, 2.0]})}}
                 assert isinstance(names["figures"](None, watched)["errors"], Figure)
         for words in commands(calls) if page not in ELSEWHERE else ():
-            if not UNRUN.search(f" {shlex.join(words)} ") and without_numbers(words) not in done:
-                done.add(without_numbers(words))
-                run(small(words))
+            text = f" {shlex.join(words)} "
+            if UNRUN.search(text) or bool(PUBLIC.search(text)) != public:
+                continue
+            like, place = without_numbers(words), made(words)
+            if like not in done:
+                done[like] = place
+                run(small([word.replace("/public_data", os.environ.get("NETLLM_DATA", "")) for word in words]))
+            elif place is not None and not place.exists():  # what a loop makes is made once
+                place.symlink_to(done[like].resolve())
     capsys.readouterr()
 
 
