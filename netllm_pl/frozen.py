@@ -10,13 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from netllm_pl.backbone import Backbone, compile_layers
 from netllm_pl.data import Batch
-from netllm_pl.graphs import Captured, normal_mode
+from netllm_pl.graphs import Captured, Places, normal_mode
 
 if TYPE_CHECKING:
     from netllm_pl.task import NetTask
@@ -39,30 +38,36 @@ class Merged:
         }
         weights = {name: layer.base_layer.weight.detach() for name, layer in self.layers.items()}
         self.weights = {name: nn.Parameter(weight.clone(), requires_grad=False) for name, weight in weights.items()}
-        self.versions: list[int] = []
+        self.learned = [weight for layer in self.layers.values() for weight in _adapter_weights(layer)]
+        self.state: Any = None
 
     def refresh(self) -> None:
         """Merge what the adapters have learned since, if they have."""
-        adapters = [weight for layer in self.layers.values() for weight in layer.parameters() if weight.requires_grad]
-        versions = [weight._version for weight in adapters]
-        if versions == self.versions:
+        state = (
+            [weight._version for weight in self.learned],
+            [list(layer.active_adapters) for layer in self.layers.values()],
+        )
+        if state == self.state:
             return
         for name, layer in self.layers.items():
             (adapter,) = layer.active_adapters
             self.weights[name].copy_(layer.base_layer.weight.float() + layer.get_delta_weight(adapter).float())
-        self.versions = versions
+        self.state = state
 
 
-_MERGED: WeakKeyDictionary[Backbone, tuple[list[int], Merged]] = WeakKeyDictionary()
+def _adapter_weights(layer: nn.Module) -> list[nn.Parameter]:
+    return [weight for name, weight in layer.named_parameters() if not name.startswith("base_layer.")]
+
+
+_MERGED: WeakKeyDictionary[Backbone, tuple[Places, Merged]] = WeakKeyDictionary()
 
 
 def merged_of(backbone: Backbone) -> Merged:
     """Return the merged weights of a backbone, up to date."""
-    places = places_of(backbone)
     known = _MERGED.get(backbone)
     with normal_mode():
-        if known is None or known[0] != places:
-            known = _MERGED[backbone] = places, Merged(backbone)
+        if known is None or not known[0].hold():
+            known = _MERGED[backbone] = Places(backbone), Merged(backbone)
         known[1].refresh()
     return known[1]
 
@@ -86,14 +91,6 @@ def inner_model(backbone: Backbone) -> Any:
     """The model of transformers, with or without layers of PEFT in it."""
     get_base_model: Any = getattr(backbone.model, "get_base_model", None)
     return backbone.model if get_base_model is None else get_base_model()
-
-
-def places_of(module: nn.Module) -> list[int]:
-    """Addresses of all weights: what was captured reads from there."""
-    tensors = (*module.parameters(), *module.buffers())
-    return [
-        id(t) if is_traceable_wrapper_subclass(t) else t.data_ptr() for t in tensors
-    ]  # some quantised ones have none
 
 
 def _is_plain(layer: Any) -> bool:
@@ -122,7 +119,7 @@ class Predictor:
         assert task.backbone is not None
         with normal_mode():
             self.task, self.batch = task, {name: value.clone() for name, value in batch.items()}
-            self.places, self.model = places_of(task), frozen_copy(task.backbone)
+            self.model, self.places = frozen_copy(task.backbone), Places(task)
         self.run = Captured(self._predict, capture)
 
     def _predict(self) -> Any:
@@ -160,7 +157,7 @@ def predict(task: "NetTask", batch: Batch) -> Any:
     known = _PREDICTORS.setdefault(task, {})
     shape = tuple((name, value.shape, value.dtype) for name, value in batch.items())
     found = known.get(shape, 0)
-    if isinstance(found, Predictor) and found.places == places_of(task):
+    if isinstance(found, Predictor) and found.places.hold():
         return found(batch)
     seen = found + 1 if isinstance(found, int) else SEEN
     known[shape] = seen if seen < SEEN or not backbone.causal else Predictor(task, batch, capture=True)

@@ -1,11 +1,13 @@
 """CUDA graphs: what is launched once and replayed as a whole. On a CPU the same functions run without one."""
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WARMUP = 3
 """Runs before a capture: they compile, choose kernels and allocate workspaces."""
@@ -16,6 +18,41 @@ def normal_mode() -> Iterator[None]:
     """Make tensors that can be written to anywhere, also where inference mode is on; no gradients."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class Places:
+    """Where the weights of a module lie: what was captured reads from there.
+
+    Walking through the modules of a large language model takes milliseconds, so that is done once; afterwards only
+    tables are compared.
+
+    Args:
+        module: Of the weights and buffers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parts = list(module.modules())
+        tables: list[dict[str, Any]] = [
+            table for part in parts for table in (part._parameters, part._buffers, part._modules) if table
+        ]
+        self.tables = tables
+        self.held = self._now()  # references, so that no other object gets the identity of one of these
+        tensors = [thing for thing in self.held if isinstance(thing, Tensor)]
+        # Some quantised ones have no address.
+        self.tensors = [tensor for tensor in tensors if not is_traceable_wrapper_subclass(tensor)]
+        self.addresses = self._addresses()
+
+    def _now(self) -> list[Any]:
+        return [thing for table in self.tables for thing in table.values()]
+
+    def _addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in self.tensors]
+
+    def hold(self) -> bool:
+        """Whether the module still has the same parts, and its weights lie where they were."""
+        held = self._now()
+        same = len(held) == len(self.held) and all(map(operator.is_, held, self.held))
+        return same and self._addresses() == self.addresses
 
 
 class Captured:

@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from netllm_pl.acting import ActingTask, evaluating
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
-from netllm_pl.frozen import frozen_copy, inner_model, merged_of, places_of
-from netllm_pl.graphs import Captured, normal_mode
+from netllm_pl.frozen import frozen_copy, inner_model, merged_of
+from netllm_pl.graphs import Captured, Places, normal_mode
 from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import Line, follow, lay_out, visible
 
@@ -108,7 +108,7 @@ class Stream:
         self.parcel = Parcel(arrays, self.device)
         self.shapes = shapes_of(arrays)
         self.model = frozen_copy(task.backbone)
-        self.places = places_of(task)
+        self.places = Places(task)
         state = task.state_tokens(self.parcel.batch)
         new = lay_out(task.before(self.parcel.batch, state))
         self.remembers = task.remembers_actions
@@ -144,7 +144,7 @@ class Stream:
 
     def fits(self, arrays: Observations) -> bool:
         """Whether this was made for such observations, and for the weights as they lie now."""
-        return shapes_of(arrays) == self.shapes and places_of(self.task) == self.places
+        return shapes_of(arrays) == self.shapes and self.places.hold()
 
     def restart(self) -> None:
         """Begin new episodes, with what the adapters have learned since."""

@@ -13,6 +13,7 @@ from netllm_pl import task as task_module
 from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
+from netllm_pl.graphs import Places
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import rollout
 from netllm_pl.testing import tiny_backbone
@@ -181,6 +182,24 @@ def test_merged_adapters_give_the_same_states(architecture: str) -> None:
     own = [weight for weight in model.parameters() if weight.data_ptr() not in places]
     adapted = sum("lora_A" in name for name in before)
     assert len(own) == adapted, "all other weights are shared"
+
+
+def test_weights_that_move_or_are_exchanged_are_seen() -> None:
+    backbone = Backbone(tiny_backbone())
+    learn(backbone)
+    places = Places(backbone)
+    assert places.hold(), "learning in place moves nothing"
+    norm, weight = backbone.get_submodule("model.base_model.model.norm"), "weight"
+    before = norm.get_parameter(weight)
+    norm.register_parameter(weight, nn.Parameter(before.detach()))
+    assert not places.hold()
+    norm.register_parameter(weight, before)
+    assert places.hold()
+    before.data = before.data.clone()  # as .to(device) does
+    assert not places.hold()
+    places = Places(backbone)
+    backbone.add_module("more", nn.Linear(1, 1))
+    assert not places.hold()
 
 
 # Captured predictions -------------------------------------------------------------------------------------------------
