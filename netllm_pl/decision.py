@@ -197,14 +197,15 @@ class DecisionTask(OfflineTask):
         Args:
             streaming: Keep earlier tokens in a key/value cache; False runs all of the episode again at every step.
             static: Keep them in fixed places, with LoRA merged into the weights (`netllm_pl.streaming`): the same
-                answers, on a GPU from captured CUDA graphs. None does so on a GPU if ``backbone.graphs`` is on.
+                answers, on a GPU from captured CUDA graphs. None does so on a GPU if ``backbone.graphs`` is on, and on
+                a CPU for few episodes side by side.
         """
         assert self.backbone is not None
-        gpu = self.device.type == "cuda" and self.backbone.config.graphs
-        if streaming and (gpu if static is None else static):
+        gpu, cpu = self.device.type == "cuda" and self.backbone.config.graphs, self.device.type == "cpu"
+        if streaming and (gpu or cpu if static is None else static):
             from netllm_pl.streaming import StaticPolicy
 
-            return StaticPolicy(self, capture=gpu)
+            return StaticPolicy(self, capture=gpu, few=cpu and static is None)
         return LanguageModelPolicy(self, streaming)
 
 

@@ -2,7 +2,8 @@
 
 A decision of a large model is bound by reading its weights, one of a small model by launching kernels. Here nothing
 changes its shape between decisions, so that on a GPU all of one is captured in a graph once and then replayed; on a CPU
-the same code runs without one. Answers are those of `netllm_pl.decision.LanguageModelPolicy` and of training.
+the same code runs without one, and a few tokens take `netllm_pl.cpu_decoder`. Answers are those of
+`netllm_pl.decision.LanguageModelPolicy` and of training.
 
 Shapes: N episodes side by side, K tokens a pass, T places of keys and values, S state tokens a step.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netllm_pl.acting import ActingTask, evaluating
+from netllm_pl.cpu_decoder import decoder_of
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
 from netllm_pl.frozen import frozen_copy, inner_model, merged_of
@@ -100,14 +102,14 @@ class Stream:
         task: The adapted language model.
         arrays: What is seen at the first step, (N, ...) by name.
         capture: Whether to capture CUDA graphs.
+        few: Whether this is of use only for few tokens on a CPU (`netllm_pl.cpu_decoder`).
     """
 
-    def __init__(self, task: DecisionTask, arrays: Observations, capture: bool) -> None:
+    def __init__(self, task: DecisionTask, arrays: Observations, capture: bool, few: bool = False) -> None:
         assert task.backbone is not None
         self.task, self.device, self.capture = task, task.device, capture
         self.parcel = Parcel(arrays, self.device)
         self.shapes = shapes_of(arrays)
-        self.model = frozen_copy(task.backbone)
         self.places = Places(task)
         state = task.state_tokens(self.parcel.batch)
         new = lay_out(task.before(self.parcel.batch, state))
@@ -121,10 +123,13 @@ class Stream:
         if self.remembers:
             self.chosen = self._integers(len(state.values), 1, *task.action_shape)
             self.pending = task.after(self.parcel.batch | {"action": self.chosen}, state)
-        self._prepare_layers(size)
+        self.decoder = decoder_of(task.backbone, len(new.values), self.tokens, size)
+        if self.decoder is None and not few:
+            self.model = frozen_copy(task.backbone)
+            self._prepare_layers(size)
         self.decide = Captured(self._decide, capture)
         self.remember = Captured(self._remember, capture)
-        self.usable = state.mask is None and self._first_pass()
+        self.usable = state.mask is None and (self.decoder is not None or (not few and self._first_pass()))
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.device)
@@ -179,15 +184,23 @@ class Stream:
         self.ring.steps.index_copy_(0, self.slots, new.steps)
         self.ring.ranks.index_copy_(0, self.slots, new.ranks)
         seen = visible(new, self.ring, task.context)
-        assert task.backbone is not None
-        hidden = self.model(
-            inputs_embeds=new.values.to(task.backbone.dtype),
-            attention_mask=torch.zeros_like(seen, dtype=task.backbone.dtype).masked_fill(~seen, -math.inf),
+        hidden = self._hidden(new, seen)
+        scores = task.decide(hidden[:, None, -state.values.shape[2] :], batch)
+        return scores, state.values
+
+    def _hidden(self, new: Line, seen: Tensor) -> Tensor:
+        """Last hidden states (N, K, d_hidden) of new tokens."""
+        if self.decoder is not None:
+            return self.decoder(new.values, seen, new.positions, self.slots)
+        assert self.task.backbone is not None
+        dtype = self.task.backbone.dtype
+        hidden: Tensor = self.model(
+            inputs_embeds=new.values.to(dtype),
+            attention_mask=torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf),
             position_ids=new.positions,
             use_cache=False,
         ).last_hidden_state
-        scores = task.decide(hidden[:, None, -state.values.shape[2] :].float(), batch)
-        return scores, state.values
+        return hidden.float()
 
     def _remember(self) -> Tensor:
         token = self.task.after(self.parcel.batch | {"action": self.chosen}, self.state)
@@ -206,11 +219,12 @@ class StaticPolicy(LanguageModelPolicy):
     Args:
         task: The adapted language model.
         capture: Whether to capture CUDA graphs.
+        few: Whether to do so only for few tokens on a CPU, where this is faster without graphs, too.
     """
 
-    def __init__(self, task: DecisionTask, capture: bool) -> None:
+    def __init__(self, task: DecisionTask, capture: bool, few: bool = False) -> None:
         super().__init__(task)
-        self.capture = capture
+        self.capture, self.few = capture, few
         self.stream: Stream | None = None
 
     def _decide(self, seen: Observations) -> Tensor:
@@ -219,7 +233,8 @@ class StaticPolicy(LanguageModelPolicy):
             if self.step == 0:
                 size = len(next(iter(seen.values())))
                 arrays = numbers | {"step": np.zeros(size, np.int64)}
-                self.stream = stream_of(self.task, arrays, self.capture) if len(numbers) == len(seen) else None
+                whole = len(numbers) == len(seen)
+                self.stream = stream_of(self.task, arrays, self.capture, self.few) if whole else None
             if self.stream is None:
                 return super()._decide(seen)
             arrays = numbers | {"step": np.full(len(self.stream.parcel.host["step"]), self.step)}
@@ -243,7 +258,7 @@ KEPT = 2
 """Numbers of episodes side by side for which a task keeps its stream: compiling and capturing takes a while."""
 
 
-def stream_of(task: DecisionTask, arrays: Observations, capture: bool) -> Stream | None:
+def stream_of(task: DecisionTask, arrays: Observations, capture: bool, few: bool = False) -> Stream | None:
     """Return a stream at its beginning, an earlier one if it fits; None if this task has no fixed shapes."""
     if not can_stream(task):
         return None
@@ -252,7 +267,7 @@ def stream_of(task: DecisionTask, arrays: Observations, capture: bool) -> Stream
         streams[0].restart()
         return streams[0]
     with evaluating(task):
-        stream = Stream(task, arrays, capture)
+        stream = Stream(task, arrays, capture, few)
         if not stream.usable:
             return None
         stream.restart()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netllm_pl import streaming
+from netllm_pl import cpu_decoder, streaming
 from netllm_pl.data import Batch
 from netllm_pl.decision import LanguageModelPolicy
 from netllm_pl.errors import UserError
@@ -51,6 +51,13 @@ def learn(task: Any) -> None:
                 weight.add_(0.5 * torch.randn_like(weight))
 
 
+def held(stream: streaming.Stream) -> list[int]:
+    """Addresses of the weights of linear layers that a stream reads."""
+    if stream.decoder is None:
+        return [weight.data_ptr() for weight in stream.model.parameters()]
+    return [linear[0].ctypes.data for layer in stream.decoder.layers for linear in layer[4:]]
+
+
 class Scores:
     """Keeps the scores of each step; a mixin of policies."""
 
@@ -87,9 +94,58 @@ def same(task: AdaptiveBitrate, atol: float = 1e-5) -> Array:
     return scores
 
 
+# Few tokens on a CPU --------------------------------------------------------------------------------------------------
+
+
+def published_weights(task: AdaptiveBitrate) -> None:
+    """Round the frozen weights to bfloat16, in which language models are published."""
+    for weight in task.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16().float()
+
+
+def test_few_episodes_take_the_layers_for_few_tokens_and_many_do_not() -> None:
+    task = make(context=5)
+    rollout(simulator(), task.as_policy(), [0])
+    (stream,) = streaming._STREAMS[task]
+    assert stream.decoder is not None
+    many = task.as_policy()
+    rollout(simulator(), many, range(cpu_decoder.MOST + 1))
+    assert streaming._STREAMS[task] == [stream] and many.cached is not None, "the plain path was taken"
+
+
+def test_weights_that_bfloat16_holds_are_kept_in_it_without_loss() -> None:
+    """Those of one frozen weight once; merged ones change and stay as they are, and so do others."""
+    task, other = make(context=5), make(context=5)
+    published_weights(task)
+    same(task)
+    same(other)
+    decoders: list[Any] = [streaming._STREAMS[made][0].decoder for made in (task, other)]
+    stored = [{linear[0].dtype.name for linear in decoder.layers[0][4:]} for decoder in decoders]
+    assert stored == [{"uint16", "float32"}, {"float32"}], "q and v have LoRA"
+    copies = len(cpu_decoder._PACKED)
+    play(Static(task, False), [0])
+    assert len(cpu_decoder._PACKED) == copies and len(streaming._STREAMS[task]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True},
+                {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}],
+)  # fmt: skip
+def test_layers_of_another_kind_are_found_out(changes: dict[str, Any]) -> None:
+    task = make(backbone={"config": changes}, context=5)
+    for name, weight in task.backbone.model.named_parameters():  # type: ignore[union-attr]
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight, std=0.1)
+    same(task)
+    known = streaming._STREAMS[task][0].decoder is not None
+    assert known == (changes.get("hidden_act") is None)
+
+
 # Decisions ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("own_layers", [True, False])
 @pytest.mark.parametrize("context", [1, 5, 20])
 @pytest.mark.parametrize(
     ("architecture", "extra"),
@@ -98,9 +154,17 @@ def same(task: AdaptiveBitrate, atol: float = 1e-5) -> Array:
         *((name, ALL) for name in ("mistral", "qwen2", "gpt2", "opt")),
     ],
 )
-def test_decisions_are_those_of_the_plain_path(architecture: str, extra: dict[str, Any], context: int) -> None:
-    """Over sessions that are longer than the ring, and shorter."""
-    same(make(architecture, context=context, target_return=-5.0, **extra))
+def test_decisions_are_those_of_the_plain_path(
+    architecture: str, extra: dict[str, Any], context: int, own_layers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over sessions that are longer than the ring, and shorter; by the layers for few tokens, and transformers' own."""
+    known = architecture in cpu_decoder.ARCHITECTURES
+    if own_layers and not known:
+        pytest.skip(f"{architecture} always takes the layers of transformers")
+    monkeypatch.setattr(cpu_decoder, "MOST", 3 * 4 if own_layers else 0)
+    task = make(architecture, context=context, target_return=-5.0, **extra)
+    same(task)
+    assert (streaming._STREAMS[task][0].decoder is not None) == own_layers
 
 
 def test_with_published_tokens_and_no_adapter() -> None:
@@ -130,15 +194,17 @@ def test_sessions_start_anew_with_what_was_learned_since() -> None:
     assert all(parameters[name].grad is None for name in frozen)
 
 
-def test_other_numbers_of_sessions_have_their_own_stream() -> None:
+@pytest.mark.parametrize("most", [0, 16])
+def test_other_numbers_of_sessions_have_their_own_stream(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decoder, "MOST", most)
     task = make(context=5, **ALL)
     together = same(task)
     for seed in SEEDS:
         alone = play(Static(task, False), [seed])[0]
         np.testing.assert_allclose(alone, together[seed : seed + 1], rtol=0, atol=1e-5)
     assert [len(stream.parcel.host["step"]) for stream in streaming._STREAMS[task]] == [1, 3]
-    one, other = (dict(stream.model.named_parameters()) for stream in streaming._STREAMS[task])
-    assert all(one[name] is other[name] for name in one), "weights exist once, merged ones too"
+    one, other = (held(stream) for stream in streaming._STREAMS[task])
+    assert one and one == other, "weights exist once, merged ones too"
 
 
 def test_in_training_and_in_inference_mode() -> None:
@@ -180,6 +246,8 @@ def test_steps_of_other_shapes_take_the_plain_path() -> None:
 
 def test_the_path_is_chosen_by_device_and_setting() -> None:
     task = make()
-    assert type(task.as_policy()) is LanguageModelPolicy, "on a CPU there are no graphs"
-    assert type(task.as_policy(static=True)) is StaticPolicy
+    assert type(task.as_policy(static=False)) is LanguageModelPolicy
+    policy, forced = task.as_policy(), task.as_policy(static=True)
+    assert isinstance(policy, StaticPolicy) and isinstance(forced, StaticPolicy)
+    assert policy.few and not forced.few and not policy.capture, "on a CPU there are no graphs"
     assert type(task.as_policy(streaming=False, static=True)) is LanguageModelPolicy
