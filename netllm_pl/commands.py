@@ -23,12 +23,14 @@ def evaluate(args: list[str]) -> None:
 
     parser = _task_parser("evaluate", evaluate.__doc__)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for summary.csv and episodes.parquet")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results"), help="folder for the results; a new one in it if it holds some"
+    )
     parser.add_argument("--steps", action="store_true", help="also write steps.parquet, one row a step")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
     config, data = _with_data(parser, _offer_flags(parser, args), lambda config: config.seed_everything)
     policies = [name.strip() for name in config.policies.split(",") if name.strip()]
-    run(data, policies, config.out, steps=config.steps)
+    run(data, policies, config.out, steps=config.steps, command="evaluate")
 
 
 def collect(args: list[str]) -> None:
@@ -115,7 +117,9 @@ def compare(args: list[str]) -> None:
     """Compare runs of `fit`: one table, and one picture of their learning curves."""
     parser = _parser("compare", compare.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs, such as runs/*")
-    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder for compare.csv and compare.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison"), help="folder for the results; a new one in it if it holds some"
+    )
     config = parser.read(args)
     from netllm_pl.compare import compare as write
 

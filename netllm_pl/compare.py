@@ -18,7 +18,7 @@ from callbacks.hyperparameters import flatten
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
 from netllm_pl.progress import in_words, is_quiet, output, say
-from netllm_pl.run_folder import BEST, LAST, NOTE, RESULTS, TABLE
+from netllm_pl.run_folder import BEST, LAST, NOTE, RESULTS, TABLE, free_place
 
 LEFT_OUT = ("run_dir", "ckpt_path", "weights_only", "save_every", "figures", "costs", "trainer.default_root_dir")
 """Settings in which runs may differ without being different."""
@@ -92,7 +92,7 @@ def compare(folders: Sequence[Path], out: Path) -> pd.DataFrame:
 
     Args:
         folders: Folders of runs.
-        out: Where to write.
+        out: Where to write; a new folder in it, if it holds a comparison.
 
     Returns:
         One row a run: columns of `Run.row`, and the settings in which the runs differ.
@@ -120,6 +120,7 @@ def compare(folders: Sequence[Path], out: Path) -> pd.DataFrame:
         for name, run in zip(names, runs, strict=True)
     ]
     table = pd.DataFrame(rows)
+    out = free_place(out, "compare.csv", "compare")
     with atomic(out / "compare.csv") as temporary:
         table.to_csv(temporary, index=False)
     with atomic(out / "compare.png") as temporary:

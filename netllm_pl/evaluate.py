@@ -15,6 +15,7 @@ from netllm_pl.bootstrap import Metric, compare_pairs, summarise
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
+from netllm_pl.run_folder import RESULTS, free_place
 
 __all__ = ["Evaluable", "Metric", "compare_pairs", "print_table", "run", "summarise", "write_results"]
 
@@ -50,6 +51,7 @@ def run(
     seed: int = 0,
     steps: bool = False,
     ready: Mapping[str, Any] | None = None,
+    command: str | None = None,
 ) -> pd.DataFrame:
     """Run policies on the same episodes, write the results, print the table and where they lie.
 
@@ -61,6 +63,8 @@ def run(
         seed: Seed of the resamples.
         steps: Also write steps.parquet.
         ready: Policies of that name that need not be built, such as a model in memory.
+        command: Whose results these are, if those of another call are to be kept: a folder that holds some gets a new
+            one in it, named by command and time. Null writes over them.
 
     Returns:
         The summary, as `summarise` gives it.
@@ -82,10 +86,16 @@ def run(
     frame = joined["episodes"]
     summary = summarise(frame, data.metrics, policies, resamples, seed)
     pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
+    if command is not None:
+        out = free_place(out, RESULTS, command)
     write_results(out, summary, pairs, joined)
-    note = f"; {data.note}" if data.note else ""
     if not is_quiet():
-        print_table(summary, pairs, data.metrics, f"{summary['n'].iloc[0]} test episodes, mean [95 % interval]{note}")
+        counted = "windows" if "window" in frame else "episodes"
+        # a bootstrap of one cluster knows nothing about others
+        alone = frame["cluster"].nunique() < 2
+        known = "(a 95 % interval needs two clusters at least)" if alone else "[95 % interval]"
+        title = f"{summary['n'].iloc[0]} test {counted}, mean {known}"
+        print_table(summary, pairs, data.metrics, "; ".join(filter(None, (title, data.note))))
     print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in joined)])} in {out}")
     return summary
 

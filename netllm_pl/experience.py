@@ -207,7 +207,7 @@ def read_pool(folder: Path | str, task: str | None = None) -> Pool:
         episodes = read_episodes(folder, manifest)
         if not copy.is_dir():
             write_copy(folder, manifest, episodes["steps"].to_numpy(), copy)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"the pool {folder} cannot be read: {str(error).splitlines()[0]}") from error
     return Pool(folder.resolve(), manifest, episodes, Steps(copy, columns_of(manifest)))
 

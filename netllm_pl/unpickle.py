@@ -4,11 +4,13 @@ A pickle is a program: it names functions and calls them. Here every name is loo
 our own, which build numpy arrays from bytes and refuse the rest; numpy's own functions are not called either.
 """
 
+import os
 import pickle
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from struct import unpack
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
@@ -101,7 +103,9 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-STAND_INS: dict[tuple[str, str], Any] = {
+StandIns = Mapping[tuple[str, str], Any]
+
+STAND_INS: StandIns = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
@@ -120,35 +124,51 @@ HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.re
 """What reads the header of an ``.npy`` file, by version; numpy parses it as a literal."""
 
 
-def _stand_in(module: str, name: str, known: Mapping[tuple[str, str], Any]) -> Any:
+def _stand_in(module: str, name: str, known: StandIns) -> Any:
     """The stand-in of a global; nothing is ever imported."""
     if (module, name) not in known:
         raise UserError(f"refused: it asks for {module}.{name}, which is not data")
     return known[module, name]
 
 
-class _Reader(pickle.Unpickler):
-    def __init__(self, stream: Any, classes: Collection[str]) -> None:
-        super().__init__(stream)
-        self.classes = classes
+class _Whole:
+    """A file of which nobody asks for more than there is: what asks would make room for it first."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        return Record if name in self.classes else _stand_in(module, name, STAND_INS)
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream, self.readline = stream, stream.readline
+        self.size = os.fstat(stream.fileno()).st_size
+
+    def read(self, size: int) -> bytes:
+        if size > self.size:
+            raise EOFError("it ends in the middle of its data")
+        return self.stream.read(size)
 
 
-class _ObjectReader(pickle._Unpickler):
-    """Reads one object of plain data.
+def _read_bytearray(reader: Any) -> None:
+    """Put a bytearray on the stack, as Python's own does; that makes room for it before it reads."""
+    (size,) = unpack("<Q", reader.read(8))
+    reader.append(bytearray(reader.read(size)))
 
-    It is Python's own reader in Python, which keeps a dictionary of what a pickle numbers; that in C makes a table of
-    as many gigabytes as a broken file says. So would bytearrays, which numpy does not write.
+
+class _Reader(pickle._Unpickler):
+    """Reads plain data.
+
+    It is Python's own reader in Python, which keeps a dictionary of what a pickle numbers; that in C, twice as fast,
+    makes a table of as many gigabytes as a broken file says.
     """
 
-    dispatch: ClassVar = {
-        code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
-    }
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _read_bytearray}
+
+    def __init__(self, stream: BinaryIO, classes: Collection[str] = (), known: StandIns = STAND_INS) -> None:
+        super().__init__(_Whole(stream))
+        self.classes, self.known = classes, known
 
     def find_class(self, module: str, name: str) -> Any:
-        return _stand_in(module, name, STAND_INS | {("numpy", "dtype"): _Object})
+        return Record if name in self.classes else _stand_in(module, name, self.known)
+
+
+OF_AN_OBJECT: StandIns = {**STAND_INS, ("numpy", "dtype"): _Object}
+"""Stand-ins where an array may be one object."""
 
 
 def read_pickle(file: Path, classes: Collection[str] = ()) -> Any:
@@ -184,7 +204,7 @@ def read_npy(file: Path) -> Any:
         header = HEADERS[np.lib.format.read_magic(stream)]
         shape, fortran, dtype = header(stream)
         if dtype.kind == OBJECT:
-            return _ObjectReader(stream).load().value[()]
+            return _Reader(stream, known=OF_AN_OBJECT).load().value[()]
         kind = _Type(dtype.str)
         kind.value = dtype
         return _from_bytes(stream.read(), kind, shape, "F" if fortran else "C")

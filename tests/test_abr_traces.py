@@ -148,6 +148,13 @@ def test_truncated_parquet(frame: pd.DataFrame, tmp_path: Path, keep: float) -> 
         read_traces(path)
 
 
+def test_damaged_names_of_columns(frame: pd.DataFrame, tmp_path: Path) -> None:
+    path = saved(frame, tmp_path / "a.parquet")
+    path.write_bytes(path.read_bytes().replace(b"time_s", b"time\xff\xfe"))
+    with pytest.raises(UserError, match=r"a\.parquet: not a whole Parquet file"):
+        read_traces(path)
+
+
 def test_damaged_parquet_body(frame: pd.DataFrame, tmp_path: Path) -> None:
     path = saved(frame, tmp_path / "a.parquet")
     content = bytearray(path.read_bytes())

@@ -182,6 +182,29 @@ def test_what_must_be_known_stands_above_the_table(tmp_path: Path, capsys: pytes
     assert "interval]; the splits leak" in " ".join(capsys.readouterr().out.split())
 
 
+def test_results_of_a_command_are_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(Data(), ["static"], tmp_path, command="evaluate")
+    first = (tmp_path / "summary.csv").read_text()
+    run(Data(), ["[linear]"], tmp_path, command="evaluate")
+    assert (tmp_path / "summary.csv").read_text() == first
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert folder.name.startswith("evaluate-") and f"in {folder}\n" in capsys.readouterr().out
+    assert pd.read_csv(folder / "summary.csv")["policy"].unique().tolist() == ["[linear]"]
+
+
+def test_the_table_says_what_is_counted_and_that_one_cluster_is_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(Data(), ["static"], tmp_path)
+    counted = "windows" if "window" in Data().tables(0.0)["episodes"] else "episodes"
+    assert f"test {counted}, mean [95 % interval]" in " ".join(capsys.readouterr().out.split())
+    one = Data().tables(0.0)["episodes"].assign(cluster=0).rename(columns={"window": "episode"})
+    monkeypatch.setattr(Data, "tables", lambda *_: {"episodes": one})
+    run(Data(), ["static"], tmp_path)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "test episodes, mean (a 95 % interval needs two clusters at least)" in text and "nan" not in text
+
+
 @pytest.mark.parametrize("names", [["static", "static"], []])
 def test_policies_are_named_once(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="each once"):

@@ -1,7 +1,9 @@
 """Pools that NetLLM's program pickled: read as our observations, and nothing in them is executed."""
 
+import contextlib
 import pickle
 import pickletools
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,19 @@ def test_an_array_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
     file.write_bytes(content.replace(b"K\x02K\x03\x86", b"K\x02K\x04\x86"))
     with pytest.raises(UserError, match=r"shape \(2, 4\) in 48 bytes"):
         read_pickle(file)
+
+
+@pytest.mark.parametrize("code", [b"Nr\x00\x00\x00\x01.", b"\x96\x00\x00\x00\x10\x00\x00\x00\x00."])
+def test_a_broken_pickle_does_not_take_the_memory_that_it_names(code: bytes, tmp_path: Path) -> None:
+    """The first puts None at place 16,777,216 of a table, the second makes a bytearray of 256 MB."""
+    file = tmp_path / "bad.pkl"
+    file.write_bytes(b"\x80\x05" + code)
+    tracemalloc.start()
+    with contextlib.suppress(UserError):  # the first is None
+        assert read_pickle(file) is None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6
 
 
 def worse(change: Callable[[ExperiencePool], Any]) -> Callable[[ExperiencePool], ExperiencePool]:

@@ -229,7 +229,7 @@ def _table(path: Path) -> pa.Table:
             raise UserError(f"{path}: missing column {', '.join(wanted)}; found {', '.join(schema.names)}")
         known = [name for name in ("trace_name", *NUMBERS, "start_ptr", "source") if name in schema.names]
         table = pq.read_table(path, columns=known)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may be broken, too
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{path}: not a whole Parquet file ({reason}); fetch or copy it again") from error
     if not table.num_rows:

@@ -207,7 +207,7 @@ def _stream(shards: Sequence[Path]) -> Iterator[pa.Table]:
                 columns=list(COLUMNS), features=features, cache_dir=cache,
             )  # fmt: skip
             yield from stream.with_format("arrow").iter(batch_size=2**17)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         names = ", ".join(str(shard) for shard in shards[:3])
         raise UserError(f"{names}: cannot be read ({_first_line(error)}); fetch or copy it again") from error
     finally:
