@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from netllm_pl.backbone import Backbone, compile_layers
 from netllm_pl.data import Batch
 from netllm_pl.graphs import Captured, Places, normal_mode
+from netllm_pl.joined import GROUPS, Joined, Part, join_in_place
 
 if TYPE_CHECKING:
     from netllm_pl.task import NetTask
@@ -26,20 +27,51 @@ if TYPE_CHECKING:
 class Merged:
     """The weights of a language model's adapted layers with LoRA merged in, one copy for all that use them.
 
+    Layers that read the same input are joined. Where none of a group is adapted, the weights of the language model
+    itself are laid side by side in memory, so that there is no second copy; else the copy holds the whole group.
+
     Args:
         backbone: Whose model; it may go on learning.
     """
 
     def __init__(self, backbone: Backbone) -> None:
+        inner = inner_model(backbone)
         self.layers: dict[str, Any] = {
             name: module
-            for name, module in inner_model(backbone).named_modules()
+            for name, module in inner.named_modules()
             if hasattr(module, "get_delta_weight") and _is_plain(getattr(module, "base_layer", None))
         }
-        weights = {name: layer.base_layer.weight.detach() for name, layer in self.layers.items()}
-        self.weights = {name: nn.Parameter(weight.clone(), requires_grad=False) for name, weight in weights.items()}
+        self.weights: dict[str, nn.Parameter] = {}
+        self.groups: dict[tuple[str, ...], Joined] = {}
+        for place, parent in inner.named_modules():
+            for names in GROUPS:
+                self._join(place, parent, names)
+        for name in self.layers.keys() - self.weights.keys():
+            weight = self.layers[name].base_layer.weight.detach().clone()
+            self.weights[name] = nn.Parameter(weight, requires_grad=False)
         self.learned = [weight for layer in self.layers.values() for weight in _adapter_weights(layer)]
         self.state: Any = None
+
+    def _join(self, place: str, parent: nn.Module, names: tuple[str, ...]) -> None:
+        """Join layers of a part of the model, if it has them and they can be joined."""
+        paths = tuple(f"{place}.{name}" for name in names)
+        layers: list[Any] = [getattr(parent, name, None) for name in names]
+        linear = [layer.base_layer if path in self.layers else layer for path, layer in zip(paths, layers, strict=True)]
+        if not all(type(layer) is nn.Linear and _is_plain(layer) for layer in linear):
+            return
+        weights, biases = [layer.weight for layer in linear], [layer.bias for layer in linear]
+        sizes, present = [len(weight) for weight in weights], [bias for bias in biases if bias is not None]
+        if len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) > 1 or 0 < len(present) < len(
+            biases
+        ):
+            return
+        adapted = any(path in self.layers for path in paths)
+        join = torch.cat if adapted else join_in_place
+        joined = Joined(join(weights), join(present) if present else None, sizes)
+        self.groups[paths] = joined
+        for path, part in zip(paths, joined.weight.detach().split(sizes), strict=True):
+            if path in self.layers:
+                self.weights[path] = nn.Parameter(part, requires_grad=False)
 
     def refresh(self) -> None:
         """Merge what the adapters have learned since, if they have."""
@@ -67,7 +99,8 @@ def merged_of(backbone: Backbone) -> Merged:
     known = _MERGED.get(backbone)
     with normal_mode():
         if known is None or not known[0].hold():
-            known = _MERGED[backbone] = Places(backbone), Merged(backbone)
+            merged = Merged(backbone)  # it may move weights
+            known = _MERGED[backbone] = Places(backbone), merged
         known[1].refresh()
     return known[1]
 
@@ -77,11 +110,19 @@ def frozen_copy(backbone: Backbone) -> PreTrainedModel:
     inner, merged = inner_model(backbone), merged_of(backbone)
     shared = {id(tensor): tensor for tensor in (*inner.parameters(), *inner.buffers())}
     model: PreTrainedModel = copy.deepcopy(inner, shared).eval()
+    in_groups = {name for names in merged.groups for name in names}
     for name, layer in merged.layers.items():
+        if name in in_groups:
+            continue
         parent, _, leaf = name.rpartition(".")
         linear = copy.deepcopy(layer.base_layer, shared)
         linear.weight = merged.weights[name]
         setattr(model.get_submodule(parent), leaf, linear)
+    for names, joined in merged.groups.items():
+        joined = Joined(joined.weight, joined.bias, joined.sizes)
+        for index, name in enumerate(names):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Part(joined, index))
     if backbone.config.compile:
         compile_layers(model, dynamic=False)
     return model

@@ -99,18 +99,19 @@ class LearningGraph:
         self.learning = [weight for weight in model.parameters() if weight.requires_grad]
         self.known: Any = None
         self.run: nn.Module | None = None
+        self.places: Places | None = None
 
     def __call__(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Return the last hidden states (B, T, d_hidden), or None for a shape that is not the first one's."""
         given = [tensor for tensor in (tokens, mask, positions) if tensor is not None]
         asked = [(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad) for tensor in given]
-        known = (asked, mask is None, [weight.data_ptr() for weight in self.learning])
-        if self.run is None:
+        known = asked, mask is None
+        if self.run is None or self.places is None or not self.places.hold():
             samples = tuple(torch.randn_like(t) if t.is_floating_point() else t.clone() for t in given)
             samples = tuple(s.requires_grad_(t.requires_grad) for s, t in zip(samples, given, strict=True))
             last = _Last(self.model, mask is not None, positions is not None).train()
             self.run = torch.cuda.make_graphed_callables(last, samples, allow_unused_input=True)  # type: ignore[assignment]
-            self.known = known
+            self.known, self.places = known, Places(self.model)
         if known != self.known:
             return None
         for weight in self.learning:

@@ -110,7 +110,6 @@ class Stream:
         self.task, self.device, self.capture = task, task.device, capture
         self.parcel = Parcel(arrays, self.device)
         self.shapes = shapes_of(arrays)
-        self.places = Places(task)
         state = task.state_tokens(self.parcel.batch)
         new = lay_out(task.before(self.parcel.batch, state))
         self.remembers = task.remembers_actions
@@ -127,6 +126,7 @@ class Stream:
         if self.decoder is None and not few:
             self.model = frozen_copy(task.backbone)
             self._prepare_layers(size)
+        self.places = Places(task)  # now: merging may have moved weights
         self.decide = Captured(self._decide, capture)
         self.remember = Captured(self._remember, capture)
         self.usable = state.mask is None and (self.decoder is not None or (not few and self._first_pass()))

@@ -1,5 +1,6 @@
 """Compiled layers, merged adapters, captured predictions: the same numbers, and nothing is compiled again in a run."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,10 @@ from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
 from netllm_pl.graphs import Places
+from netllm_pl.joined import Part
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import rollout
+from netllm_pl.shared import held_bytes
 from netllm_pl.testing import tiny_backbone
 from netllm_pl.toy import CandidateData, CandidateTask
 from tasks.adaptive_bitrate import AdaptiveBitrate, AdaptiveBitrateData
@@ -167,7 +170,7 @@ def test_the_fused_optimiser_learns_alike_and_gradients_are_clipped(
 # Merged adapters ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2", "opt", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "t5"])
 def test_merged_adapters_give_the_same_states(architecture: str) -> None:
     backbone = Backbone(tiny_backbone(architecture)).eval()
     learn(backbone)
@@ -180,10 +183,30 @@ def test_merged_adapters_give_the_same_states(architecture: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(merged, backbone(tokens), rtol=0, atol=1e-5)
     assert all(torch.equal(weight, backbone.state_dict()[name]) for name, weight in before.items())
-    places = {weight.data_ptr() for weight in backbone.parameters()}
-    own = [weight for weight in model.parameters() if weight.data_ptr() not in places]
-    adapted = sum("lora_A" in name for name in before)
-    assert len(own) == adapted, "all other weights are shared"
+    frozen = {name: weight for name, weight in backbone.named_parameters() if "lora_" not in name}
+    copied = [weight.nbytes for name, weight in frozen.items() if re.search("[qkv]_proj|base_layer.weight", name)]
+    more = held_bytes([backbone, model]) - held_bytes([backbone])
+    assert more == sum(copied), "what is not adapted, nor read together with what is, exists once"
+
+
+def test_layers_are_joined_once_for_all_copies() -> None:
+    backbone = Backbone(tiny_backbone()).eval()
+    tokens = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        plain = backbone(tokens)
+        first, second = frozen_copy(backbone), frozen_copy(backbone)
+        held = held_bytes([backbone, first])
+        assert held_bytes([backbone, first, second]) == held
+        for model in (first, second, first):
+            with backbone.replaced(model):
+                torch.testing.assert_close(backbone(tokens), plain, rtol=0, atol=1e-5)
+        parts = [part for part in first.modules() if isinstance(part, Part)]
+        assert len(parts) == 2 * (3 + 2), "q, k, v and gate, up of two layers"
+        assert all(part.joined.source is None and not part.joined.parts for part in parts), "nothing is kept"
+        one, other = parts[:2]
+        alone = one(tokens), other(2 * tokens), one(tokens)
+    assert torch.equal(alone[0], alone[2]), "each layer takes the input that it gets"
+    assert not torch.equal(alone[1], other(tokens))
 
 
 def test_weights_that_move_or_are_exchanged_are_seen() -> None:
