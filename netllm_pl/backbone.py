@@ -269,13 +269,15 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
     try:
         if config.pretrained:
             with _quiet():  # cut layers and the LM head are "unexpected" weights: wanted here
-                model = factory.from_pretrained(source, config=hf, dtype=config.torch_dtype(), **attention)
+                model = factory.from_pretrained(
+                    source, config=hf, dtype=config.torch_dtype(), trust_remote_code=False, **attention
+                )
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 # Drawn in float32 so that the same seed gives the same weights for every dtype; cast afterwards.
                 from_config: Any = factory.from_config  # untyped there
-                model = from_config(hf, dtype=torch.float32, **attention)
+                model = from_config(hf, dtype=torch.float32, trust_remote_code=False, **attention)
     except (OSError, ValueError, ImportError) as error:
         cure = "" if config.attention is None else f"; backbone.attention is {config.attention}, sdpa needs no package"
         raise UserError(f"backbone {config.name}: {_first_line(error).rstrip('.')}{cure}") from error
@@ -304,6 +306,8 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
 
     source = _source(config)
     overrides = dict(config.config or {})
+    if code := sorted({"trust_remote_code", "code_revision", "auto_map"} & overrides.keys()):
+        raise UserError(f"backbone.config.{code[0]}: code that comes with a model is never run; remove the entry")
     if overrides and config.pretrained:
         raise UserError("backbone.config changes the architecture: it needs pretrained: false (use layers to cut)")
     if source in CONFIG_MAPPING and not Path(source).is_dir():
@@ -315,7 +319,7 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"backbone.config does not fit the architecture {source}: {reason}") from error
     try:
-        hf = AutoConfig.from_pretrained(source, **overrides)
+        hf = AutoConfig.from_pretrained(source, **overrides, trust_remote_code=False)
     except (OSError, ValueError) as error:
         cure = f"Give {', '.join(NAMED)}, a folder with config.json, a .gguf file or a reachable hub id."
         raise UserError(f"backbone '{config.name}' cannot be loaded: {_first_line(error)} {cure}") from error

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import os
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +111,8 @@ def check_identity(task: "NetTask", checkpoint: dict[str, Any]) -> None:
     for name, fingerprint in frozen_fingerprints(task).items():
         if stored["frozen"].get(name) != fingerprint:
             key = name.rsplit(".", 1)[-1]  # image.vision comes from vision
-            was = stored["init_args"].get(key) or {}
+            was = stored["init_args"].get(key)
+            was = was if isinstance(was, dict) else {}
             hint = f"{was.get('name')}, layers {was.get('layers')}, pretrained {was.get('pretrained')}"
             hint += f", quantize {was['quantize']}" if was.get("quantize") else ""
             raise UserError(
@@ -124,7 +127,7 @@ def check_weights(task: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     trained = trained_names(task)
     own = {name: value for name, value in task.state_dict().items() if name in trained}
     if own.keys() != weights.keys():
-        odd = sorted(own.keys() ^ weights.keys())
+        odd = sorted(map(str, own.keys() ^ weights.keys()))
         raise UserError(f"the checkpoint's weights do not fit: {len(odd)} missing or unknown, such as {odd[0]}")
     for name, value in own.items():
         if value.shape != weights[name].shape:
@@ -144,7 +147,29 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read: it is broken or no checkpoint of netllm_pl") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UserError(f"{path} was not written by netllm_pl; give a checkpoint that `fit` wrote")
+    weights = checkpoint.get("state_dict")
+    tensors = isinstance(weights, dict) and all(isinstance(value, torch.Tensor) for value in weights.values())
+    if not is_identity(checkpoint[KEY]) or not tensors:
+        raise UserError(f"checkpoint {path} is broken: what it says of its task and weights is not whole")
     return checkpoint
+
+
+def is_identity(stored: Any) -> bool:
+    """Whether something can be what `identity` tells of a task."""
+    kinds = {"task": str, "init_args": dict, "frozen": dict}
+    return isinstance(stored, dict) and all(isinstance(stored.get(key), kind) for key, kind in kinds.items())
+
+
+def _refuse_code(settings: Mapping[str, Any], kind: Any) -> None:
+    """Refuse stored settings that name a class, whose module would be imported, or a file in place of settings."""
+    hints = typing.get_type_hints(kind.__init__)
+    for name, value in settings.items():
+        kinds = (hints.get(str(name)), *typing.get_args(hints.get(str(name))))
+        config = next((each for each in kinds if dataclasses.is_dataclass(each)), None)
+        if config is not None and isinstance(value, Mapping):
+            _refuse_code(value, config)
+        if name == "class_path" or (config is not None and not isinstance(value, Mapping | None)):
+            raise UserError(f"refused: the stored setting {name} is {value!r:.80}, which is not data")
 
 
 def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
@@ -154,11 +179,16 @@ def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
     from netllm_pl.discovery import find_class
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(find_class(base, name, kind), "it")
+    cls: type = find_class(base, name, kind)
+    _refuse_code(init_args, cls)
+    parser.add_class_arguments(cls, "it")
     try:
         return parser.instantiate(parser.parse_object({"it": init_args})).it
-    except (ArgumentError, TypeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    # settings of any size and kind: RuntimeError is torch's for what does not fit into memory
+    except (ArgumentError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the stored settings do not fit {name} of this version: {first}") from error
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from callbacks.hyperparameters import flatten
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
+from netllm_pl.plain_yaml import load_yaml
 from netllm_pl.progress import in_words, is_quiet, output, say
 from netllm_pl.run_folder import BEST, LAST, NOTE, RESULTS, TABLE, free_place
 
@@ -140,13 +141,13 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run: it holds no config.yaml")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = load_yaml((folder / "config.yaml").read_text())
         note = json.loads((folder / NOTE).read_text()) if (folder / NOTE).is_file() else {}
         tested = pd.read_csv(folder / RESULTS) if (folder / RESULTS).is_file() else pd.DataFrame({"policy": []})
         own = tested[[Path(str(name)).name in (BEST, LAST) for name in tested["policy"]]]
         settings = {name: value for name, value in flatten(config) if name not in LEFT_OUT}
         curves = read_curves(folder)
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         kind = "broken YAML in config.yaml" if isinstance(error, yaml.YAMLError) else str(error).strip().split("\n")[0]

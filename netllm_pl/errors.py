@@ -6,9 +6,22 @@ from dataclasses import fields
 from difflib import get_close_matches
 from importlib import metadata
 
+LONGEST = 1500
+"""Characters of a message: what a broken file holds in place of a name may be long."""
+
 
 class UserError(ValueError):
-    """A file, key or value that the user gave is wrong; the message names it and the cure in one or two lines."""
+    """A file, key or value that the user gave is wrong; the message names it and the cure in one or two lines.
+
+    Args:
+        message: May quote a file: what is not printable, such as what moves a terminal's cursor, is written out.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = message if len(message) <= LONGEST else f"{message[:LONGEST]} ..."
+        if not shown.isprintable():
+            shown = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in shown)
+        super().__init__(shown)
 
 
 def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserError:
@@ -21,6 +34,7 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
         cure: A last sentence, such as how to add one.
     """
     names = sorted(known)
+    name = name if len(name) <= 80 else f"{name[:80]}..."
     near = get_close_matches(name, names, n=1)
     guess = f" Did you mean '{near[0]}'?" if near else ""
     listed = ", ".join(names) or "none"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from safetensors.torch import load_file, save_file
 
-from netllm_pl.checkpoint import KEY, build, check_identity, identity, load_task, trained_names
+from netllm_pl.checkpoint import KEY, build, check_identity, identity, is_identity, load_task, trained_names
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
+from netllm_pl.plain_yaml import load_yaml
 
 if TYPE_CHECKING:
     from netllm_pl.task import NetTask
@@ -50,8 +51,8 @@ def load_exported(folder: Path) -> "NetTask":
     config = folder / CONFIG
     if not config.is_file():
         raise UserError(f"{folder} holds no {CONFIG}; give a folder that `python -m netllm_pl export` wrote")
-    stored: dict[str, Any] = _read(config, lambda file: yaml.safe_load(file.read_text()))
-    if not isinstance(stored, dict) or not {"task", "init_args", "frozen"} <= stored.keys():
+    stored: dict[str, Any] = _read(config, lambda file: load_yaml(file.read_text()))
+    if not is_identity(stored):
         raise UserError(f"{config} is not what `export` wrote; export the checkpoint again")
     task: NetTask = build(NetTask, stored["task"], stored["init_args"], "task")
     adapter = _adapter(task)

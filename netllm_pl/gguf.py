@@ -60,6 +60,7 @@ def _convert(file: Path, folder: Path) -> None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(file.parent.absolute()),
                 gguf_file=file.name,
+                trust_remote_code=False,  # else a terminal would be asked for leave to run what lies beside the file
                 # without it save_pretrained takes the model for a quantised one and refuses
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.bfloat16,

@@ -25,6 +25,7 @@ from netllm_pl.checkpoint import (
 from netllm_pl.data import Batch, BatchedDataset, Loader, NetDataModule
 from netllm_pl.discovery import find_class
 from netllm_pl.errors import UserError
+from netllm_pl.plain_yaml import load_yaml
 from netllm_pl.shared import share
 from netllm_pl.task import NetTask, OptimizerConfig
 
@@ -265,8 +266,8 @@ def _named(files: Sequence[str]) -> dict[str, str]:
 def _part(file: str, part: str) -> dict[str, Any]:
     """Read the class and arguments of the model or of the data from a task's file."""
     try:
-        tree = yaml.safe_load(Path(file).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        tree = load_yaml(Path(file).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"tasks: {file} cannot be read ({reason}); give configs such as configs/adaptive_bitrate.yaml"

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from netllm_pl.errors import UserError
-from netllm_pl.sources import CLASSES, files_first, find_mistake, fold_nulls, known_classes, origin
+from netllm_pl.sources import CLASSES, files_first, find_mistake, fold_nulls, known_classes, origin, read_sources
 
 LIMIT = 400
 """Characters of a message."""
@@ -33,6 +33,7 @@ class Parser(ArgumentParser):
         """
         parser, command = self._chosen(words)
         options = fold_nulls(files_first(words[len(command) :]))
+        read_sources(options)  # refuses files that jsonargparse would choke on
         try:
             return self.parse_args([*command, *options])
         except (argparse.ArgumentError, UserError) as error:

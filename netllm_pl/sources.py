@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.plain_yaml import load_yaml
 
 CLASSES = {"model": "task", "data": "data module"}
 """Settings that name a class, and what it is called."""
@@ -90,13 +91,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         guess = f"did you mean {near[0]}?" if near else "give the path of a YAML file"
         raise UserError(f"config file {path} does not exist; {guess}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = load_yaml(path.read_text())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "somewhere"
         raise UserError(f"{path}, {where}: broken YAML: {error.problem}; check brackets and indentation") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is no text in YAML; give a file such as configs/<task>.yaml") from error
+        # of characters that YAML does not know, PyYAML says what they are in many lines
+        reason = "" if isinstance(error, yaml.reader.ReaderError | UnicodeDecodeError) else f" ({error})"
+        raise UserError(f"{path}: is no text in YAML{reason}; give a file such as configs/<task>.yaml") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no settings; expected keys such as model:, data:, trainer:")
     return {str(key): value for key, value in tree.items()}
@@ -176,7 +179,7 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 def _nested(key: str, value: str | None) -> dict[str, Any]:
     try:
-        tree: Any = None if value is None else yaml.safe_load(value)
+        tree: Any = None if value is None else load_yaml(value)
     except yaml.YAMLError:
         tree = value
     parts = key.split(".")

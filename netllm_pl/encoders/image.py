@@ -251,8 +251,8 @@ def _load(config: VisionConfig) -> tuple[Any, list[float], list[float]]:
     half = [0.5, 0.5, 0.5]
     try:
         if config.pretrained:
-            processor = AutoImageProcessor.from_pretrained(config.name)
-            model = AutoModel.from_pretrained(config.name)
+            processor = AutoImageProcessor.from_pretrained(config.name, trust_remote_code=False)
+            model = AutoModel.from_pretrained(config.name, trust_remote_code=False)
             return getattr(model, "vision_model", model), list(processor.image_mean), list(processor.image_std)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
