@@ -1,6 +1,6 @@
 """Picks files out of public archives: download with a progress bar, then only the members that are asked for."""
 
-import gzip
+import lzma
 import math
 import re
 import shutil
@@ -11,6 +11,9 @@ from pathlib import Path
 
 from netllm_pl.errors import UserError
 from netllm_pl.progress import Advance, progress
+
+LARGEST = 2**26
+"""Bytes of a member: the published ones have a few millions at most."""
 
 
 def download(url: str, file: Path) -> None:
@@ -90,7 +93,11 @@ def pick_members(archive: Path, wanted: re.Pattern[str], folder: Path) -> int:
                     continue
                 _write(tar, member, folder / match[1])
                 count += 1
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except UserError:
+        raise
+    # numbers in headers may be anything, and a header may ask for another, and that for another
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, lzma.LZMAError,
+            zlib.error) as error:  # fmt: skip
         raise UserError(
             f"{archive.name} is not a whole tar archive: {_first_line(error)}. Download it again."
         ) from error
@@ -104,6 +111,8 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
         raise UserError(
             f"the archive's member {member.name} is a link or leaves the folder: refused. Use another mirror."
         )
+    if member.size > LARGEST:
+        raise UserError(f"the archive's member {member.name} has {member.size} bytes: refused. Use another mirror.")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(stream.read())
 

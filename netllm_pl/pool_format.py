@@ -96,6 +96,9 @@ class Column:
         return pa.array(flat.view(np.uint8) if self.dtype == "bool" else flat)
 
 
+ELEMENTS = {"bool", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+"""Types of elements."""
+
 FIXED = {
     "episode": Column("int64"),
     "step": Column("int32"),
@@ -276,7 +279,13 @@ def schema(columns: Mapping[str, Column]) -> pa.Schema:
 
 def columns_of(manifest: Mapping[str, Any]) -> dict[str, Column]:
     """Columns of a pool's steps."""
-    return {name: Column(told["dtype"], tuple(told["shape"])) for name, told in manifest["columns"].items()}
+    columns = {name: Column(told["dtype"], tuple(told["shape"])) for name, told in manifest["columns"].items()}
+    for name, column in columns.items():
+        sizes = column.shape[column.ragged :]
+        numbers = all(type(size) is int and 0 <= size < 2**31 for size in sizes) and prod(column.inner) < 2**31
+        if column.dtype not in ELEMENTS or not numbers or (column.ragged and not prod(column.inner)):
+            raise ValueError(f"column {name!r:.40} of {column.dtype!r:.40} and shape {column.shape!r:.40}")
+    return columns
 
 
 def _portions(steps: npt.NDArray[np.int64]) -> Iterator[slice]:

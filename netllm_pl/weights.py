@@ -1,10 +1,10 @@
 """Published weights of small networks: NumPy archives of plain arrays, checked before they are used."""
 
-import zlib
+import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,13 @@ import torch
 from torch import nn
 
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import first_line
+from netllm_pl.unpickle import npy_from
 
 Weights = dict[str, npt.NDArray[Any]]
+
+LARGEST = 2**28
+"""Bytes of one array; of larger ones a small file could hold more than memory."""
 
 
 def read_weights(path: Path) -> Weights:
@@ -23,12 +28,19 @@ def read_weights(path: Path) -> Weights:
         UserError: There is no such file, it is no archive of plain arrays, or an array holds no floats.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays: Weights = {}
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.file_size > LARGEST:
+                    raise ValueError(f"{member.filename} has {member.file_size} bytes")
+                content = npy_from(io.BytesIO(archive.read(member)))
+                if not isinstance(content, np.ndarray):
+                    raise ValueError(f"{member.filename} is no array")
+                arrays[member.filename.removesuffix(".npy")] = content
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; weights_dir must hold the published weights as .npz files") from None
-    except (OSError, ValueError, EOFError, TypeError, BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: not an archive of plain NumPy arrays ({error})") from None
+    except Exception as error:  # a broken archive raises nearly anything
+        raise UserError(f"{path}: not an archive of plain NumPy arrays ({first_line(error)})") from None
     for name, array in arrays.items():
         if array.dtype.kind != "f":
             raise UserError(f"{path}: array '{name}' holds {array.dtype}, expected floating-point numbers")

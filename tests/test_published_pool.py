@@ -153,7 +153,7 @@ def hidden(touched: Path) -> bytes:
         (forged(b"(S'touch TOUCHED'\nios\nsystem\n."), "os.system"),
         (forged(b"cplm_special.data.exp_pool\nos.system\n(S'touch TOUCHED'\ntR."), "exp_pool.os.system"),
         (forged(b"cx\nExperiencePool\n}(V__setstate__\nc_codecs\nencode\nub."), "not a pickle of plain data"),
-        (forged(b"cx\nExperiencePool\nN}(V__setstate__\nc_codecs\nencode\nu\x86b."), "changes __setstate__"),
+        (forged(b"cx\nExperiencePool\nN}(V__setstate__\nc_codecs\nencode\nu\x86b."), "it changes a type"),
         (lambda touched: b"\x80\x04", "not a pickle of plain data"),
         (lambda touched: b"PK\x03\x04 zip", "not a pickle of plain data"),
         (lambda touched: pickle.dumps(ExperiencePool())[:-5], "not a pickle of plain data"),

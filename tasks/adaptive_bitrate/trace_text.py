@@ -48,10 +48,12 @@ def packets_to_bandwidth(milliseconds: Ints) -> Floats:
     """
     period = int(milliseconds[-1])
     repeats = -(-INTERVAL_MS // period) if period < INTERVAL_MS else 1
-    milliseconds = (milliseconds + period * np.arange(repeats)[:, None]).ravel()
+    times, counts = np.unique(milliseconds, return_counts=True)  # thousands may come in one millisecond
+    times = (times + period * np.arange(repeats)[:, None]).ravel()
     edges = np.append(np.arange(0, period * repeats, INTERVAL_MS), period * repeats)
     # A delivery at an edge belongs to the interval that ends there; one at 0 to the first.
-    packets = np.bincount(np.maximum(np.searchsorted(edges, milliseconds) - 1, 0), minlength=len(edges) - 1)
+    interval = np.maximum(np.searchsorted(edges, times) - 1, 0)
+    packets = np.bincount(interval, weights=np.tile(counts, repeats), minlength=len(edges) - 1)
     mbps = packets * PACKET_BITS / 1000.0 / np.diff(edges)
     return np.stack([edges / 1000.0, np.concatenate([mbps[:1], mbps])], axis=1)
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from netllm_pl.data import SPLITS
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.parquet import footer, whole_parquet
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Traces
 from tasks.adaptive_bitrate.trace_text import read_text
 
@@ -21,6 +22,8 @@ Where = Callable[[int], str]
 """Names the file and row that a sample of the flat arrays came from."""
 
 NUMBERS = {"time_s": "seconds", "bandwidth_mbps": "Mbit/s"}
+KNOWN = ("trace_name", *NUMBERS, "start_ptr", "source")
+"""Columns that are read."""
 SLOWEST = 1e-3
 """Mbit/s on average; a download over less would hardly end."""
 SHORTEST = 0.01
@@ -222,21 +225,17 @@ def _read_parquet(path: Path) -> Traces:
 
 def _table(path: Path) -> pa.Table:
     """Read the columns that are known, with the right types and without nulls."""
-    try:
-        schema = pq.read_schema(path)
+    with whole_parquet(path):
+        schema = footer(path, KNOWN).schema.to_arrow_schema()
         wanted = [name for name in ("trace_name", *NUMBERS) if name not in schema.names]
         if wanted:
             raise UserError(f"{path}: missing column {', '.join(wanted)}; found {', '.join(schema.names)}")
-        known = [name for name in ("trace_name", *NUMBERS, "start_ptr", "source") if name in schema.names]
+        known = [name for name in KNOWN if name in schema.names]
         table = pq.read_table(path, columns=known)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may be broken, too
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: not a whole Parquet file ({reason}); fetch or copy it again") from error
-    if not table.num_rows:
-        raise UserError(f"{path}: holds no rows; expected one row a bandwidth sample")
-    for place, name in enumerate(known):
-        table = table.set_column(place, name, _column(path, name, table[name]))
-    return table
+        table.validate(full=True)  # broken bytes can make texts that are none
+        if not table.num_rows:
+            raise UserError(f"{path}: holds no rows; expected one row a bandwidth sample")
+        return pa.table({name: _column(path, name, table[name]) for name in known})
 
 
 def _column(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

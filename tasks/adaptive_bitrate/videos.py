@@ -16,6 +16,8 @@ PUBLISHED_LADDER = (300, 750, 1200, 1850, 2850, 4300)
 CHUNKS = 49
 CHUNK_S = 4.0
 SIZE_FILE = "video_size_"
+DIGITS = 15
+"""Of a chunk's bytes, at most."""
 KEYS = {"bitrate_kbps", "chunk_s", "chunk_bytes"}
 
 
@@ -42,7 +44,7 @@ def read_video(
         return _read_folder(path, name, ladder_kbps, chunk_s)
     try:
         videos = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:100]}); expected {{name: {{bitrate_kbps: ...}}}}") from error
     if not isinstance(videos, dict) or not videos or not all(isinstance(v, dict) for v in videos.values()):
         raise UserError(f"{path}: expected an object of videos by name, each with bitrate_kbps, chunk_s, chunk_bytes")
@@ -128,9 +130,9 @@ def _read_sizes(path: Path) -> list[int]:
     for number, line in enumerate(path.read_text(errors="replace").split("\n"), 1):
         if not line.strip():
             continue
-        if not line.strip().isdecimal():
+        if not line.strip().isdecimal() or len(line.strip()) > DIGITS:
             raise UserError(f"{path}, line {number}: '{line.strip()[:60]}'; expected a whole number of bytes")
-        sizes.append(int(line))
+        sizes.append(int(line.strip()))
     return sizes
 
 
@@ -138,7 +140,7 @@ def _integers(values: Any, what: str) -> npt.NDArray[np.int64]:
     """Return positive whole numbers (K,)."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = np.zeros((0, 0))
     if numbers.ndim != 1:
         raise UserError(f"{what} is {str(values)[:60]}; expected a list of positive whole numbers")

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import footer, whole_parquet
 from netllm_pl.paths import atomic
 from tasks.job_scheduling.profiles import WAVES, Ints, Profiles, owners, size_key, starts
 
@@ -112,8 +113,8 @@ def _refuse_gaps(path: Path, sizes: Any, query: Ints, stage: Ints, stage_start: 
 
 def _table(path: Path) -> pa.Table:
     """Read the columns that are known, with the right types and without nulls."""
-    try:
-        schema = pq.read_schema(path)
+    with whole_parquet(path, " of jobs"):
+        schema = footer(path, COLUMNS).schema.to_arrow_schema()
         missing = [name for name in COLUMNS if name not in schema.names]
         if missing:
             raise UserError(f"{path}: missing column {', '.join(missing)}; found {', '.join(schema.names)}")
@@ -122,11 +123,6 @@ def _table(path: Path) -> pa.Table:
         if not table.num_rows:
             raise UserError(f"{path}: holds no jobs; expected one row a stage")
         return pa.table({name: _column(path, name, table[name]) for name in COLUMNS})
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:  # ValueError: names that are no UTF-8
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: not a whole Parquet file of jobs ({reason}); fetch or copy it again") from error
 
 
 def _column(path: Path, name: str, column: pa.ChunkedArray) -> pa.Array:

@@ -1,12 +1,18 @@
 """What the videos show: equirectangular pictures with the times at which they appear."""
 
 import hashlib
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import first_line, refuse_more_than_memory
+
+FORMATS = ("PNG", "JPEG")
+"""Told by content: of others that Pillow knows, one starts a program, whatever the file is called."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,27 @@ class Pictures:
 
 def read_pictures(folder: Path) -> Pictures:
     """Read <folder>/<video>/<seconds>.png (or .jpg); all pictures must be of one size."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     files = [file for file in folder.glob("*/*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
     if not files:
         raise UserError(f"no pictures in {folder}; expected <video>/<seconds>.png, such as 1/0.png, 1/0.2.png")
     try:
         keyed = sorted((file.parent.name, float(file.stem), file) for file in files)
-        pixels = [np.asarray(Image.open(file).convert("RGB")) for _, _, file in keyed]
-    except (ValueError, UnidentifiedImageError, OSError) as error:
-        raise UserError(f"pictures in {folder}: {error}; expected readable <video>/<seconds>.png") from error
-    sizes = {picture.shape for picture in pixels}
-    if len(sizes) > 1:
-        raise UserError(f"pictures in {folder} have different sizes {sorted(sizes)}; scale them to one")
-    return Pictures.of(np.stack(pixels), np.array([k[0] for k in keyed]), np.array([k[1] for k in keyed]))
+        if strange := [file for _, seconds, file in keyed if not np.isfinite(seconds)]:
+            raise UserError(f"{strange[0]}: its name is no time in seconds; expected <video>/<seconds>.png")
+        sizes = {Image.open(file, formats=FORMATS).size for _, _, file in keyed}  # reads no pixels
+        if len(sizes) > 1:
+            raise UserError(f"pictures in {folder} have different sizes {sorted(sizes)}; scale them to one")
+        (size,) = sizes
+        refuse_more_than_memory(str(folder), 3.0 * size[0] * size[1] * len(keyed), f"{len(keyed)} pictures of {size}")
+        pixels = np.stack([np.asarray(Image.open(file, formats=FORMATS).convert("RGB")) for _, _, file in keyed])
+    except UserError:
+        raise
+    # what is broken in a picture raises nearly anything, and one of 179 million pixels is refused by Pillow
+    except (Image.DecompressionBombError, ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError,
+            struct.error, zlib.error, MemoryError) as error:  # fmt: skip
+        raise UserError(
+            f"pictures in {folder}: {first_line(error)}; expected readable <video>/<seconds>.png"
+        ) from error
+    return Pictures.of(pixels, np.array([k[0] for k in keyed]), np.array([k[1] for k in keyed]))

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import first_line, footer
 from netllm_pl.paths import atomic
 from tasks.viewport_prediction.published_csv import csv_sources, read_csv
 
@@ -154,6 +155,9 @@ def _read_parquet(shards: Sequence[Path]) -> Traces:
         angles.append(part[:, 1:].astype(np.float32))
         labels.append(batch.select(["video", "user"]))
         row += batch.num_rows
+    if row != sum(rows):
+        names = ", ".join(str(shard) for shard in shards[:3])
+        raise UserError(f"{names}: {row} of {sum(rows)} rows can be read; fetch or copy it again")
     table = pa.concat_tables(labels)
     return assemble(np.concatenate(angles), np.concatenate(times), _labels(table["video"]), _labels(table["user"]))
 
@@ -167,11 +171,8 @@ def _labels(column: pa.ChunkedArray) -> Labels:
 
 def _checked_rows(shard: Path) -> int:
     """Check the columns of one file and return how many rows it has; reads the footer only."""
-    try:
-        metadata = pq.read_metadata(shard)
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{shard}: not a whole Parquet file ({_first_line(error)}); fetch or copy it again") from error
+    metadata = footer(shard, COLUMNS)
+    schema = metadata.schema.to_arrow_schema()
     missing = [name for name in COLUMNS if name not in schema.names]
     if missing:
         raise UserError(f"{shard}: missing column {', '.join(missing)}; found {', '.join(schema.names)}")
@@ -199,6 +200,8 @@ def _stream(shards: Sequence[Path]) -> Iterator[pa.Table]:
     features = datasets.Features({name: label if name in ("video", "user") else number for name in COLUMNS})
     # Reading local files must not touch the network: the library would report the use of its Parquet reader.
     counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is broken is said below
     try:
         with tempfile.TemporaryDirectory() as cache:
             files = [str(shard.absolute()) for shard in shards]
@@ -206,12 +209,15 @@ def _stream(shards: Sequence[Path]) -> Iterator[pa.Table]:
                 "parquet", data_files=files, split="train", streaming=True,
                 columns=list(COLUMNS), features=features, cache_dir=cache,
             )  # fmt: skip
-            yield from stream.with_format("arrow").iter(batch_size=2**17)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            for table in stream.with_format("arrow").iter(batch_size=2**17):
+                table.validate(full=True)  # broken bytes can make texts that are none
+                yield table
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
         names = ", ".join(str(shard) for shard in shards[:3])
-        raise UserError(f"{names}: cannot be read ({_first_line(error)}); fetch or copy it again") from error
+        raise UserError(f"{names}: cannot be read ({first_line(error)}); fetch or copy it again") from error
     finally:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        datasets.logging.set_verbosity(level)
 
 
 def _numbers(batch: pa.Table, row: int, shards: Sequence[Path], first_row: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -232,7 +238,3 @@ def _numbers(batch: pa.Table, row: int, shards: Sequence[Path], first_row: NDArr
                 "expected a finite number or a label: repair or drop the row"
             )
     return np.stack([np.asarray(batch[name], dtype=np.float64) for name in COLUMNS[2:]], axis=1)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
