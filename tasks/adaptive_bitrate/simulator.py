@@ -71,7 +71,7 @@ class Rules:
         chunks: Chunks that are played, if the video has that many; null plays all.
         first_level: Level of the first chunk, which no policy chooses and whose reward does not count.
         buffer_limit_s: The client waits while more than this is buffered.
-        drain_s: It waits in multiples of this.
+        drain_s: It waits in multiples of this, at most the limit: the buffer would run dry while it waits.
         rtt_s: Added to each download, without moving the trace.
         payload: Share of the bandwidth that carries video.
         rebuffer_weight: Reward lost per second of rebuffering.
@@ -101,8 +101,8 @@ class Rules:
         for name, fits, expected in (
             ("chunks", self.chunks is None or self.chunks >= 2, "2 or more, or null"),
             ("first_level", self.first_level >= 0, "0 or more"),
-            ("buffer_limit_s", self.buffer_limit_s >= 0, "0 or more seconds"),
-            ("drain_s", 0 < self.drain_s < np.inf, "seconds above 0"),
+            ("buffer_limit_s", 0 < self.buffer_limit_s < np.inf, "seconds above 0"),
+            ("drain_s", 0 < self.drain_s <= self.buffer_limit_s, "seconds above 0, up to buffer_limit_s"),
             ("rtt_s", 0 <= self.rtt_s < np.inf, "0 or more seconds"),
             ("payload", 0 < self.payload <= 1, "a share above 0, up to 1"),
             ("rebuffer_weight", np.isfinite(self.rebuffer_weight), "a number"),
