@@ -1,6 +1,7 @@
 """The frozen language model: any Hugging Face causal LM, GGUF file or random weights, with LoRA."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +72,8 @@ class BackboneConfig:
         quantize: Keep the frozen linear layers in ``int8`` or ``nf4`` (4 bits), to save memory; they compute in dtype.
             Needs pip install 'netllm-pl[quantize]'.
         attention: Attention implementation of transformers (sdpa, eager, flash_attention_2); null lets it choose.
-        checkpointing: Recompute activations in the backward pass to save memory.
+        checkpointing: Recompute activations in the backward pass to save memory: of all layers, or of the first ones,
+            as a share between 0 and 1. All of them make a step half as long again.
         training_graph: On a GPU, capture forward and backward pass of training in CUDA graphs: for small models, whose
             steps are bound by launching kernels. All batches but those of the first one's shape run without.
         compile: Compile the layers for training and for captured decisions: a first step takes longer, all later ones
@@ -90,7 +92,7 @@ class BackboneConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Bits | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
-    checkpointing: bool = False
+    checkpointing: bool | float = False
     compile: bool = False
     graphs: bool = False
     training_graph: bool = False
@@ -129,6 +131,10 @@ class Backbone(nn.Module):
             raise UserError("backbone: full and lora exclude each other; set lora: null for a full fine-tune")
         if config.full and config.quantize is not None:
             raise UserError(f"backbone: full trains all weights, {config.quantize} ones cannot learn; drop quantize")
+        if not 0 <= config.checkpointing <= 1:
+            raise UserError(f"backbone.checkpointing is {config.checkpointing}; it is a share of the layers, 0 to 1")
+        if config.checkpointing and config.training_graph:
+            raise UserError("backbone: training_graph cannot recompute activations; drop it or checkpointing")
         model = _load(config)
         embedding = model.get_input_embeddings()
         weight: Tensor = embedding.get_parameter("weight").detach()
@@ -147,7 +153,7 @@ class Backbone(nn.Module):
             self.fingerprint += f"-{config.quantize}"
         model.requires_grad_(config.full)
         if config.checkpointing:
-            checkpoint_activations(model)
+            checkpoint_activations(model, config.checkpointing)
         self.model: nn.Module = model if config.lora is None else _adapt(model, config.lora)
         if config.compile:
             compile_layers(self.model)
@@ -242,11 +248,19 @@ class Backbone(nn.Module):
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Let a model of transformers recompute activations in the backward pass."""
+def checkpoint_activations(model: Any, share: float = 1.0) -> None:
+    """Let a model of transformers recompute activations in the backward pass.
+
+    Args:
+        model: The language model.
+        share: Of the layers. The first ones, whose activations would be kept for longest.
+    """
     # The name before transformers 5.20; from then on it is a deprecated alias.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    for layer in layers[math.ceil(share * len(layers)) :]:
+        layer.gradient_checkpointing = False
 
 
 def compile_layers(model: nn.Module, dynamic: bool | None = None) -> None:

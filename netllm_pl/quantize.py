@@ -53,11 +53,42 @@ def quantize(model: "PreTrainedModel", bits: Bits, compute: torch.dtype) -> None
         if bits == "int8":
             linear.to(worker)
             library.quantize_(linear, library.Int8WeightOnlyConfig())
+            linear.__class__ = Int8Linear
         else:
             linear = _nf4(library, linear, compute, worker)
         setattr(model.get_submodule(above), own, linear.to(home))
     if bits == "nf4":
         model.__dict__["is_loaded_in_4bit"] = True  # PEFT asks for it
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer of frozen integers.
+
+    torchao's own turns them into floats and keeps those for the backward pass, as large as weights that are not
+    quantised. Here they are turned into floats again.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Apply the layer (..., n)."""
+        if not values.requires_grad or not torch.is_grad_enabled():
+            return nn.functional.linear(values, self.weight, self.bias)
+        product: Tensor = _Frozen.apply(values, self.weight)  # type: ignore[no-untyped-call]
+        return product if self.bias is None else product + self.bias
+
+
+class _Frozen(torch.autograd.Function):
+    """The product with a weight that does not learn, which is all that is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = values.dtype
+        return nn.functional.linear(values, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return (gradient @ weight.dequantize().to(gradient.dtype)).to(ctx.dtype), None
 
 
 def weight_count(weight: Tensor) -> int:

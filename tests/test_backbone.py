@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from netllm_pl.backbone import Backbone, BackboneConfig, LoRA
 from netllm_pl.errors import UserError
@@ -201,12 +202,18 @@ def test_positions_keep_their_precision_in_bfloat16(case: str, tmp_path: Path) -
         assert frequencies and all(b.dtype == torch.float32 for b in frequencies)
 
 
+def checkpointed(backbone: Backbone) -> list[nn.Module]:
+    return [layer for layer in backbone.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
 @pytest.mark.parametrize("case", ["llama", "gpt2", "t5"])
 def test_checkpointing_gives_equal_gradients(case: str) -> None:
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, 0.5, True):
         torch.manual_seed(0)
         backbone = Backbone(tiny(case, lora=LoRA(rank=2, dropout=0.0), checkpointing=checkpointing))
+        recomputed = [bool(getattr(layer, "gradient_checkpointing")) for layer in checkpointed(backbone)]  # noqa: B009
+        assert recomputed == {False: [False, False], 0.5: [True, False], True: [True, True]}[checkpointing]
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter)
@@ -214,8 +221,9 @@ def test_checkpointing_gives_equal_gradients(case: str) -> None:
         torch.manual_seed(1)  # GPT-2 and T5 have dropout of their own
         backbone.train()(x).square().mean().backward()
         gradients.append([x.grad, *(p.grad for p in backbone.parameters() if p.requires_grad)])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+    for plain, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(plain, other)
 
 
 @pytest.mark.parametrize("case", CAUSAL)
@@ -322,6 +330,8 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, monkeypatch: 
         (tiny("t5", layers=0), "layers is 0; t5 has 1 to 2"),
         (tiny("llava", layers=9), "layers is 9; llava has 1 to 2"),
         (tiny("llama", full=True), "full and lora exclude each other"),
+        (tiny("llama", checkpointing=2.0), "share of the layers, 0 to 1"),
+        (tiny("llama", checkpointing=True, training_graph=True), "cannot recompute activations"),
         (tiny("llama", lora=LoRA(targets=["c_attn"])), "c_attn.*fit no layer.*q_proj"),
         (tiny("gpt2", lora=LoRA(targets=["q_proj"])), "q_proj.*fit no layer.*c_attn"),
         (replace(tiny("llama"), pretrained=True), "pretrained: false"),

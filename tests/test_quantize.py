@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from netllm_pl import errors
 from netllm_pl.backbone import Backbone, BackboneConfig
@@ -131,6 +132,39 @@ def test_the_benchmark_counts_what_weights_stand_for_and_the_bytes_that_they_tak
 
 
 # Training and checkpoints ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_keeps_no_floats_as_large_as_weights(bits: Any, compiled: bool) -> None:
+    """What autograd keeps, apart from the quantised weights themselves, is smaller than they were as floats."""
+    model = backbone(quantize=bits, dtype="bfloat16", config={"hidden_size": 256, "intermediate_size": 512}).train()
+    if compiled:
+        torch._dynamo.reset()
+        for part in model.modules():
+            if isinstance(part, GradientCheckpointingLayer):
+                part.compile(backend="aot_eager")
+    own = {part.untyped_storage().data_ptr() for weight in model.parameters() for part in parts_of(weight)}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages = [part.untyped_storage() for part in parts_of(tensor)]
+        kept.update({one.data_ptr(): one.nbytes() for one in storages if one.data_ptr() not in own})
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model(torch.randn(1, 1, model.d_model, requires_grad=True))
+    assert sum(kept.values()) < 2 * 256 * 512, "one weight in bfloat16"
+    hidden.sum().backward()
+
+
+def test_gradients_through_int8_are_those_of_the_floats_that_it_stands_for() -> None:
+    layer = next(iter(layers(backbone(quantize="int8")).values()))
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x)
+    weight = layer.weight.dequantize()
+    (expected,) = torch.autograd.grad((x @ weight.T).square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
