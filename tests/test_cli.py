@@ -29,6 +29,7 @@ SMALL = {  # arguments that make the built-in data of a task small
     "JobSchedulingData": [
         "--data.init_args.synthetic={queries: 3, sizes: [2g]}",
         "--data.init_args.rules={jobs: 3, executors: 5}",
+        "--data.init_args.test_seeds=[1, 2]",
     ],
     "MultiTaskData": [
         "--data.init_args.changes={viewport_prediction: {synthetic: {videos: 6, users: 6, seconds: 30}},"
