@@ -298,7 +298,8 @@ def test_a_model_may_look_less_far_ahead_than_its_data(own_cache: Path, tmp_path
     words = ["--config", str(CONFIGS / "adaptive_bitrate.yaml"), "--config", str(CONFIGS / "overlays" / "smoke.yaml")]
     words += ["--model.init_args.backbone", str(tiny_backbone), "--model.lookahead", "0", "--data.lookahead", "5"]
     words += ["--data.experience", "{policies: bba, episodes: 8, eval_episodes: 2}", "--model.objective", "imitation"]
-    main(["fit", *words, "--data.synthetic.traces", "4", "--run_dir", str(tmp_path / "run"), "--debug"])
+    words += ["--data.synthetic", "{traces: 4, duration_s: 60}", "--data.rules.chunks", "10"]
+    main(["fit", *words, "--run_dir", str(tmp_path / "run"), "--debug"])
     best = load_task(tmp_path / "run" / "best.ckpt")
     assert isinstance(best, AdaptiveBitrate) and best.lookahead == 0
 
