@@ -160,7 +160,8 @@ class Predictor:
         assert task.backbone is not None
         with normal_mode():
             self.task, self.batch = task, {name: value.clone() for name, value in batch.items()}
-            self.model, self.places = frozen_copy(task.backbone), Places(task)
+            self.model, self.merged = frozen_copy(task.backbone), merged_of(task.backbone)
+            self.places = Places(task)
         self.run = Captured(self._predict, capture)
 
     def _predict(self) -> Any:
@@ -172,9 +173,8 @@ class Predictor:
         """Predict a batch of the shape of the first one; the result is the caller's."""
         from netllm_pl.task import each_tensor
 
-        assert self.task.backbone is not None
         with normal_mode():
-            merged_of(self.task.backbone)
+            self.merged.refresh()
             for name, place in self.batch.items():
                 place.copy_(batch[name], non_blocking=True)
             return each_tensor(self.run(), partial(torch.clone))

@@ -25,7 +25,7 @@ from netllm_pl.decision import DecisionTask, LanguageModelPolicy
 from netllm_pl.frozen import frozen_copy, inner_model, merged_of
 from netllm_pl.graphs import Captured, Places, normal_mode
 from netllm_pl.rollout import Array, Observations
-from netllm_pl.step_tokens import Line, follow, lay_out, visible
+from netllm_pl.step_tokens import Line, StepTokens, follow, lay_out, visible
 
 RING = "netllm_pl_ring"
 """Name of the attention below among those of transformers."""
@@ -127,8 +127,12 @@ class Stream:
             self.model = frozen_copy(task.backbone)
             self._prepare_layers(size)
         self.places = Places(task)  # now: merging may have moved weights
+        # Encoders are many small kernels, which take a twelfth of a large model's decision if they are not compiled.
+        compiled = capture and task.backbone.config.compile
+        self.read = torch.compile(self._read, dynamic=False) if compiled else self._read
         self.decide = Captured(self._decide, capture)
-        self.remember = Captured(self._remember, capture)
+        remember = torch.compile(self._remember, dynamic=False) if compiled else self._remember
+        self.remember = Captured(remember, capture)
         self.usable = state.mask is None and (self.decoder is not None or (not few and self._first_pass()))
 
     def _integers(self, *shape: int) -> Tensor:
@@ -169,9 +173,24 @@ class Stream:
             self.remember()
 
     def _decide(self) -> tuple[Any, Tensor]:
+        tokens, mask, positions, self.state = self.read()
+        if self.decoder is not None:
+            hidden = self.decoder(tokens, mask, positions, self.slots)
+        else:
+            output = self.model(inputs_embeds=tokens, attention_mask=mask, position_ids=positions, use_cache=False)
+            hidden = output.last_hidden_state.float()
+        count = self.state.values.shape[2]
+        return self.task.decide(hidden[:, None, -count:], self.parcel.batch), self.state.values
+
+    def _read(self) -> tuple[Tensor, Tensor, Tensor, StepTokens]:
+        """Encode what is seen, and find its tokens their places.
+
+        Returns:
+            (N, K, d_model) the tokens; (1, 1, K, T) which places each one sees, as the model takes it; (N, K) where
+            they stand; and the state among them.
+        """
         task, batch = self.task, self.parcel.batch
         state = task.state_tokens(batch)
-        self.state = state
         step = batch["step"][0, 0]
         new = lay_out(task.before(batch, state))
         new = Line(new.values, None, new.ranks, new.steps + step, new.positions)
@@ -184,23 +203,12 @@ class Stream:
         self.ring.steps.index_copy_(0, self.slots, new.steps)
         self.ring.ranks.index_copy_(0, self.slots, new.ranks)
         seen = visible(new, self.ring, task.context)
-        hidden = self._hidden(new, seen)
-        scores = task.decide(hidden[:, None, -state.values.shape[2] :], batch)
-        return scores, state.values
-
-    def _hidden(self, new: Line, seen: Tensor) -> Tensor:
-        """Last hidden states (N, K, d_hidden) of new tokens."""
         if self.decoder is not None:
-            return self.decoder(new.values, seen, new.positions, self.slots)
-        assert self.task.backbone is not None
-        dtype = self.task.backbone.dtype
-        hidden: Tensor = self.model(
-            inputs_embeds=new.values.to(dtype),
-            attention_mask=torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf),
-            position_ids=new.positions,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden.float()
+            return new.values, seen, new.positions, state
+        assert task.backbone is not None
+        dtype = task.backbone.dtype
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)
+        return new.values.to(dtype), mask, new.positions, state
 
     def _remember(self) -> Tensor:
         token = self.task.after(self.parcel.batch | {"action": self.chosen}, self.state)

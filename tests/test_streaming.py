@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from netllm_pl import cpu_decoder, streaming
 from netllm_pl.data import Batch
@@ -192,6 +193,23 @@ def test_sessions_start_anew_with_what_was_learned_since() -> None:
     assert all(torch.equal(weight, dict(task.named_parameters())[name]) for name, weight in frozen.items())
     parameters = dict(task.named_parameters())
     assert all(parameters[name].grad is None for name in frozen)
+
+
+def test_what_is_around_the_model_compiles_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for captured decisions on a GPU, without generating kernels."""
+    monkeypatch.setattr(cpu_decoder, "MOST", 0)
+    task = make(context=5, tokens="published", **ALL)
+    expected, played = play(Static(task, capture=False))
+    (stream,) = streaming._STREAMS[task]
+    torch._dynamo.reset()
+    counters.clear()
+    stream.read = torch.compile(stream._read, dynamic=False, backend="aot_eager")
+    stream.remember.function = torch.compile(stream._remember, dynamic=False, backend="aot_eager")
+    scores, again = play(Static(task, capture=False))
+    assert streaming._STREAMS[task] == [stream]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+    assert np.array_equal(played.actions, again.actions)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("most", [0, 16])
