@@ -192,6 +192,28 @@ def build(base: type, name: str, init_args: dict[str, Any], kind: str) -> Any:
         raise UserError(f"the stored settings do not fit {name} of this version: {first}") from error
 
 
+def load_failure(path: Path | str) -> tuple["NetTask", Any]:
+    """Load what training left behind when its loss was not finite, see `callbacks.finite`.
+
+    Args:
+        path: The checkpoint, ``nonfinite-step<N>.ckpt`` in the run's folder.
+
+    Returns:
+        The task in training mode, and the batch: ``task.training_step(batch, 0)`` gives the loss again, as torch's
+        generator is set to what it was.
+
+    Raises:
+        UserError: It is no such checkpoint.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
+    if not {"batch", "random"} <= checkpoint.keys():
+        raise UserError(f"{path} holds no batch; give the nonfinite-step<N>.ckpt that a failed `fit` wrote")
+    task = load_task(path).train()
+    torch.set_rng_state(checkpoint["random"])
+    return task, checkpoint["batch"]
+
+
 def load_task(path: Path) -> "NetTask":
     """Load a task from a checkpoint or from the folder that `export` wrote, ready for prediction.
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
+from callbacks.finite import StopAtNonFinite
 from callbacks.interrupt import StopAndSave, Stopped
 from callbacks.predictions import PredictionTable
 from callbacks.progress import Bars, PlainProgress
@@ -130,6 +131,8 @@ class CLI(LightningCLI):
                 TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False),
                 *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
             ]
+        if self.subcommand == "fit":
+            callbacks.append(StopAtNonFinite(self.run_dir))
         if self.subcommand == "fit" and not config.fast_dev_run:
             watchers = self._watchers(callbacks)
             # first the checkpoints, with their timer: the last figures are not training
