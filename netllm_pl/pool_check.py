@@ -108,6 +108,7 @@ def write_copy(folder: Path, manifest: Mapping[str, Any], steps: Rows, out: Path
                 _check_rows(folder, table, columns, edges, row)
                 writer.add(table)
             row += len(table)
+            pa.default_memory_pool().release_unused()  # else training begins with what copying took
         if row != manifest["steps"] or row != edges[-1]:
             raise UserError(f"the pool {folder} has {row} steps in place of {manifest['steps']}; collect it anew")
 

@@ -18,8 +18,8 @@ from netllm_pl.backbone import checkpoint_activations
 from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
 from netllm_pl.frozen import inner_model
-from netllm_pl.rollout import Observations, rollout
-from netllm_pl.speed import Timed, single_samples, training
+from netllm_pl.rollout import Observations
+from netllm_pl.speed import Timed, begin, single_samples, training
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, latency, seconds_of
 
@@ -97,7 +97,7 @@ def _decisions(task: DecisionTask, data: NetDataModule, repeats: int) -> list[fl
     env, seconds = data.simulator("test", "fixed"), []
     for repeat in range(-1, repeats):
         timed = Timed(Recomputing(task))
-        rollout(env, timed, [max(repeat, 0)])
+        begin(env, timed, [max(repeat, 0)])
         seconds += timed.seconds if repeat >= 0 else []
     return seconds
 

@@ -21,7 +21,7 @@ from netllm_pl.decision import DecisionTask
 from netllm_pl.errors import UserError
 from netllm_pl.machine import peak_memory
 from netllm_pl.quantize import weight_count
-from netllm_pl.rollout import Array, Observations, Policy, rollout
+from netllm_pl.rollout import Array, Environment, Observations, Policy
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, latency, measure, now, rate, seconds_of
 
@@ -140,6 +140,29 @@ def _trainer(timer: StepTimer, settings: Mapping[str, Any]) -> Trainer:
 # Use ------------------------------------------------------------------------------------------------------------------
 
 
+STEPS = 50
+"""Steps of an episode that are played at most: some tasks' have thousands."""
+
+
+def begin(env: Environment, policy: Policy, seeds: Sequence[int]) -> int:
+    """Play episodes side by side as `netllm_pl.rollout.rollout` does, their first `STEPS` steps.
+
+    Returns:
+        How many decisions were taken.
+    """
+    observations = env.reset(seeds)
+    if hasattr(policy, "watch"):
+        policy.watch(env)
+    policy.reset(len(seeds))
+    over, decided = np.zeros(len(seeds), dtype=bool), 0
+    for _ in range(STEPS):
+        decided += int((~over).sum())
+        observations, _, over, _ = env.step(np.asarray(policy.act(observations)))
+        if over.all():
+            break
+    return decided
+
+
 class Timed:
     """A policy that notes how long each decision takes.
 
@@ -163,7 +186,7 @@ class Timed:
 
 
 def decisions(task: ActingTask, data: NetDataModule, repeats: int) -> Entry:
-    """Time every decision of single episodes, one a repeat, after an episode that does not count.
+    """Time the decisions of single episodes (`begin`), one a repeat, after an episode that does not count.
 
     A task that decides with a language model is also timed as a policy without a cache of keys and values pays:
     ``full_recomputation`` runs the whole episode so far for each decision.
@@ -176,17 +199,17 @@ def decisions(task: ActingTask, data: NetDataModule, repeats: int) -> Entry:
     for repeat in range(-1, repeats):
         for name, make in kinds.items():
             timed = Timed(make())
-            rollout(env, timed, [max(repeat, 0)])
+            begin(env, timed, [max(repeat, 0)])
             seconds[name] += timed.seconds if repeat >= 0 else []
     return {name: latency(measured) for name, measured in seconds.items()}
 
 
 def many_episodes(task: ActingTask, data: NetDataModule, episodes: int, repeats: int) -> Entry:
-    """Time episodes that are played side by side, simulator included."""
+    """Time episodes that are played side by side (`begin`), simulator included."""
     env = data.simulator("test", "fixed")
 
     def play() -> float:
-        return float(rollout(env, task.as_policy(), range(episodes)).alive.sum())
+        return begin(env, task.as_policy(), range(episodes))
 
     work = {"rollout": Work("decisions", play)}
     return {"episodes": episodes} | measure(work, repeats, 0.0)["rollout"]
