@@ -15,6 +15,8 @@ from netllm_pl.ragged import real_of
 
 BEHIND = 2**31 - 1
 """Rank of what comes behind all state tokens of a step."""
+TRIED = 4
+"""Lengths of rows that are tried."""
 
 
 class StepTokens(NamedTuple):
@@ -212,6 +214,8 @@ def pack(line: Line, context: int, least: int = 32) -> Packed:
     lengths = line.real.sum(1)
     counts = lengths.tolist()
     size = max(least, *counts)
+    if lengths.device.type == "cpu":  # where all places cost, and no kernel wants them to be a multiple of anything
+        size = tight(counts, size)
     row, start = torch.tensor(fill(counts, size), device=lengths.device)
     places = (row * size + start)[:, None] + (line.real.cumsum(1) - 1).clamp_min(0)
     where, total = places[line.real], (int(row.max()) + 1) * size
@@ -228,6 +232,19 @@ def pack(line: Line, context: int, least: int = 32) -> Packed:
     seen = (ahead > 0) | ((ahead == 0) & (ranks[:, None] <= ranks[:, :, None]))
     seen = seen & (ahead < context) & (owners[:, :, None] == owners[:, None])
     return Packed(moved(line.values), seen[:, None], moved(line.positions), places)
+
+
+def tight(lengths: Sequence[int], size: int) -> int:
+    """Return the shortest rows, of the few lengths that are tried, in which sequences take no more rows than of `size`.
+
+    Args:
+        lengths: Of the sequences.
+        size: At least the longest one's.
+    """
+    rows = max(fill(lengths, size)[0]) + 1
+    least = max(*lengths, -(-sum(lengths) // rows))
+    tried = range(least, size, max(1, (size - least) // TRIED))
+    return next((shorter for shorter in tried if max(fill(lengths, shorter)[0]) < rows), size)
 
 
 def fill(lengths: Sequence[int], size: int) -> tuple[list[int], list[int]]:

@@ -21,7 +21,7 @@ from netllm_pl.heads import IMPOSSIBLE
 from netllm_pl.ragged import select
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Array, Observations, Rollout, rollout
-from netllm_pl.step_tokens import Part, StepTokens, TokenSet, fill, join_tokens, lay_out, visible
+from netllm_pl.step_tokens import Part, StepTokens, TokenSet, fill, join_tokens, lay_out, tight, visible
 from netllm_pl.testing import check_environment, check_policy, check_task, tiny_backbone
 from netllm_pl.toy import BestCandidate, CandidateData, Candidates, CandidateScores, CandidateTask, hidden_values
 
@@ -145,7 +145,7 @@ def test_a_context_of_one_runs_each_step_alone() -> None:
         lambda _, args, named: shapes.append(args[0].shape), with_kwargs=True
     )
     play(task)
-    assert {shape[1] for shape in shapes} == {32} and max(shape[0] for shape in shapes) == 2
+    assert max(shape[1] for shape in shapes) <= 32 and max(shape[0] for shape in shapes) == 2
     hook.remove()
     batch = task.observe(ENV.reset(SEEDS), 3) | {"return_to_go": torch.zeros(5, 1)}
     prompt = task.encode(batch)
@@ -166,6 +166,16 @@ def test_sequences_fill_rows() -> None:
                 used[row, start : start + length] += 1
             assert used.max() == 1 and used.any(1).all(), "no two share a place, no row is empty"
             assert len(used) <= 11 / 9 * sum(lengths) / size + 2, "as few rows as best fit promises"
+
+
+def test_rows_on_a_cpu_are_no_longer_than_they_must_be() -> None:
+    assert tight([7], 32) == 7 and tight([5, 4, 3], 32) == 12
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = generator.integers(1, 20, generator.integers(1, 40)).tolist()
+        size, rows = tight(lengths, 32), max(fill(lengths, 32)[0]) + 1
+        assert max(lengths) <= size <= 32 and max(fill(lengths, size)[0]) + 1 == rows
+        assert size * rows >= sum(lengths)
 
 
 # What a decision depends on -------------------------------------------------------------------------------------------
