@@ -1,6 +1,7 @@
 """Settings and data that all tests share."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell that starts a job in the background lets it ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
