@@ -1,5 +1,6 @@
 """Checkpoints: what learns and nothing else, read without executing anything, refused with a reason."""
 
+import json
 import os
 import pickle
 from dataclasses import replace
@@ -263,3 +264,18 @@ def test_exports_come_back_with_and_without_adapters(
     with torch.no_grad():
         assert torch.equal(load_task(export(file, tmp_path / "out"))(batch), load_task(file)(batch))
     assert (tmp_path / "out" / "adapter").exists() == (lora is not None)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(__file__).with_name("released").glob("*/*.ckpt")), ids=lambda file: file.parent.name
+)
+def test_checkpoints_of_released_versions_predict_what_they_did(file: Path) -> None:
+    """Four steps of ``fit --model ViewportGRU`` with width 8, history 5 and horizon 3; beside it what it predicted."""
+    assert read_checkpoint(file)[KEY]["version"] == file.parent.name
+    with torch.inference_mode():
+        predicted = load_task(file)({"history": torch.linspace(-40, 40, 15).reshape(1, 5, 3)})
+    assert predicted.flatten().tolist() == pytest.approx(json.loads(file.with_suffix(".json").read_text()), abs=1e-3)
+
+
+def test_there_is_a_checkpoint_of_a_released_version() -> None:
+    assert list(Path(__file__).with_name("released").glob("*/*.ckpt"))
