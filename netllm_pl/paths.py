@@ -3,10 +3,13 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+PARTIAL = ".partial"
+"""Suffix of folders in which something is being written."""
 
 
 def cache_dir() -> Path:
@@ -41,22 +44,35 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def weights_of(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of those of some names that are files, such as checkpoints; of folders, of the weights in them."""
+    found: dict[str, str] = {}
+    for name in names:
+        path = Path(name)
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        found |= {str(file): file_sha256(file) for file in files}
+    return found
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the folder of a file; rename it to the file on success, remove it on failure.
+    """Give a name to write to; put the file in its place on success, remove it on failure.
+
+    Whoever is killed leaves the old file, or none, and a hidden folder that the next writer beside it clears away.
 
     Args:
-        path: The file to write; its folder is made. An existing file stays whole until the new one is complete.
+        path: The file to write; its folder is made. An existing file stays whole until the new one is complete, and on
+            the disk.
 
     Yields:
-        The name to write to, with the suffix of the file.
+        A file of the same name in a hidden folder.
     """
-    temporary = _beside(path)
-    try:
+    with scratch(path) as folder:
+        temporary = folder / path.name
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -71,20 +87,93 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Yields:
         The folder to fill.
     """
-    temporary = _beside(path)
-    temporary.mkdir()
+    with scratch(path) as folder:
+        yield folder
+        publish(folder, path)
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Rename a folder that is complete, once all of it is on the disk; one that stands at ``path`` stays."""
+    for place, _, files in os.walk(folder):
+        for name in (*files, ""):
+            _sync(Path(place, name))
     try:
-        yield temporary
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(folder, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+    _sync(path.parent)
 
 
-def _beside(path: Path) -> Path:
-    """A new hidden name in the same folder, which is made: a rename is atomic only within one file system."""
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Give a new hidden folder beside a file or folder that is to be, and remove it in the end.
+
+    It is locked as long as its process lives; those of processes that were killed are cleared away on the way. Where
+    the file system has no locks they stay.
+
+    Args:
+        path: What is written; the folder it lies in is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{uuid4().hex[:8]}{path.suffix}")
+    for dead in path.parent.glob(f".*{PARTIAL}"):
+        with locked(dead) as owned:
+            if owned:
+                shutil.rmtree(dead, ignore_errors=True)
+    while True:
+        folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PARTIAL}")
+        folder.mkdir()
+        with locked(folder) as owned:
+            if owned is False or not folder.is_dir():  # another process took it for a dead one in this very moment
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+@contextmanager
+def locked(folder: Path, shared: bool = False, wait: bool = False) -> Iterator[bool | None]:
+    """Lock a folder against other processes, until this one ends at the latest.
+
+    Args:
+        folder: It exists.
+        shared: Others may have a shared lock, too.
+        wait: Wait until it can be locked.
+
+    Yields:
+        True if it could be, False if another process has it, None where there are no locks or there is no folder.
+    """
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone; or Windows, which opens no folders
+        yield None
+        return
+    try:
+        yield _lock(handle, shared, wait)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, shared: bool, wait: bool) -> bool | None:
+    import fcntl  # not on Windows, where this line is not reached
+
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk: a rename may else outlive a power failure, and data not."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,13 +3,13 @@
 import hashlib
 import re
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from netllm_pl.archive import download, pick_members
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import SOURCES, Source, refuse_mismatch
+from netllm_pl.paths import scratch
 from netllm_pl.progress import status
 from tasks.job_scheduling.profiles import Profiles, sorted_children
 from tasks.job_scheduling.profiles_parquet import write_parquet
@@ -55,10 +55,10 @@ def bring(root: Path, url: str) -> Path:
     target = root / "cjs" / "tpch.parquet"
     if target.is_file():
         return target
-    with TemporaryDirectory(prefix="netllm_pl-") as scratch:
+    with scratch(target) as place:
         folder = Path(url)
         if not folder.is_dir():
-            archive, folder = Path(scratch) / "archive.tar.gz", Path(scratch) / "tpch"
+            archive, folder = place / "archive.tar.gz", place / "tpch"
             download(url, archive)
             if not pick_members(archive, MEMBER, folder):
                 raise UserError(f"{url} holds no TPC-H profiles: expected files {MEMBER.pattern}.")

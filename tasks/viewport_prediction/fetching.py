@@ -5,13 +5,13 @@ import re
 import warnings
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from netllm_pl.archive import download, pick_members
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import SOURCES, Source, refuse_mismatch
+from netllm_pl.paths import scratch
 from netllm_pl.progress import status
 from tasks.viewport_prediction.traces import Traces, read_traces, write_traces
 
@@ -67,8 +67,8 @@ def bring(name: str, root: Path, url: str) -> Path:
     target = root / "viewport" / f"{name}.parquet"
     if target.is_file():
         return target
-    with TemporaryDirectory(prefix="netllm_pl-") as scratch:
-        archive, folder = Path(scratch) / "archive.tar.gz", Path(scratch) / name
+    with scratch(target) as place:
+        archive, folder = place / "archive.tar.gz", place / name
         download(url, archive)
         with status(f"reading {name}"):
             if not pick_members(archive, MEMBERS[name], folder):
