@@ -2,12 +2,15 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
-from netllm_pl.errors import UserError, explained, unknown
+from netllm_pl.errors import Terminated, UserError, explained, unknown
 from netllm_pl.progress import set_quiet
 
 USAGE = """usage: python -m netllm_pl COMMAND [options]     (each command has --help)
@@ -55,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Words of the command line; those of the process by default.
 
     Raises:
-        SystemExit: with 2 after a mistake of the user, 1 after any other failure; each prints one or two lines.
+        SystemExit: with 2 after a mistake of the user, 130 after Ctrl-C, 143 after SIGTERM, 1 after any other failure;
+            each prints one or two lines.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug, quiet = "--debug" in words, "--quiet" in words
@@ -73,14 +77,16 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], COMMANDS)
-        with _silence(quiet):
+        with _terminable(), _silence(quiet):
             COMMANDS[words[0]](words[0], words[1:])
     except UserError as error:
         if debug:
             raise
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt as stop:
-        _fail(str(stop) or "interrupted", 130)
+        _fail(str(stop) or "interrupted", 128 + signal.SIGINT)
+    except Terminated as stop:
+        _fail(str(stop) or "terminated", 128 + signal.SIGTERM)
     except Exception as error:
         if debug:
             raise
@@ -89,6 +95,23 @@ def main(args: Sequence[str] | None = None) -> None:
             _fail(f"error: {cure}", 2)
         first = (str(error).strip() or "no message").split("\n")[0]
         _fail(f"error: {type(error).__name__}: {first} (run again with --debug for the traceback)", 1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: nothing half-written stays behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 @contextmanager

@@ -24,6 +24,10 @@ class UserError(ValueError):
         super().__init__(shown)
 
 
+class Terminated(BaseException):
+    """The process was asked to end by SIGTERM, as clusters, containers and `kill` do it."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserError:
     """Build the error for a name that is not among the known ones.
 

@@ -26,9 +26,10 @@ from callbacks.resume import ExactResume, SaveOften
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
-from netllm_pl.errors import UserError
+from netllm_pl.errors import Terminated, UserError
 from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
+from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, say
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of, note_run
 from netllm_pl.task import NetTask
@@ -174,13 +175,16 @@ class CLI(LightningCLI):
         return [best, last, *more, StopAndSave(filename="last", **where), ExactResume(), *timer]
 
     def fit(self, **arguments: Any) -> None:
-        """Train; Ctrl-C leaves a checkpoint and says how to go on."""
+        """Train; Ctrl-C and SIGTERM leave a checkpoint and say how to go on."""
         finished = False
         try:
             self.trainer.fit(**arguments)
             finished = True
-        except Stopped:
-            raise KeyboardInterrupt(f"stopped at step {self.trainer.global_step}{self._how_to_resume()}") from None
+        except Stopped as stop:
+            kind = KeyboardInterrupt if stop.number == signal.SIGINT else Terminated
+            raise kind(f"stopped at step {self.trainer.global_step}{self._how_to_resume()}") from None
+        except Terminated:
+            raise Terminated(f"terminated{self._how_to_resume()}") from None
         except SystemExit as stop:
             if not isinstance(stop.__context__, KeyboardInterrupt):
                 raise
@@ -241,7 +245,7 @@ class CLI(LightningCLI):
 
             name = type(self.model).__name__ if best is None else str(best)
             ready = {name: self._on_device()} if best is None else {}
-            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
+            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready, anew=True)
             self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
 
@@ -252,7 +256,7 @@ class CLI(LightningCLI):
         files = {} if best is None else self.model.divide(best, self.datamodule, self.run_dir)
         for name, file in files.items():
             data = self.datamodule.parts[name]
-            run(data, [*data.compared, str(file)], self.run_dir / name)
+            run(data, [*data.compared, str(file)], self.run_dir / name, anew=True)
 
     def _log_test(self, own: "pd.DataFrame") -> None:
         """Let TensorBoard, and so its table of hyper-parameters, have what the best checkpoint is worth."""
@@ -295,11 +299,11 @@ class _SaveConfig(SaveConfigCallback):
         """Write the configuration once."""
         if stage == "fit" and trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             # Not what this part goes on from: the file describes the whole run, and whoever runs it again starts anew.
             whole = self.config.clone()
             whole.ckpt_path = None
-            self.parser.save(whole, folder / "config.yaml", skip_unset=False, overwrite=True, multifile=False)
+            with atomic(folder / "config.yaml") as file:
+                self.parser.save(whole, file, skip_unset=False, multifile=False)
 
 
 def prepare() -> None:
