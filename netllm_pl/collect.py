@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from netllm_pl import __version__
 from netllm_pl.errors import UserError
-from netllm_pl.pool_format import MANIFEST, PoolWriter
-from netllm_pl.progress import progress, status
-from netllm_pl.rollout import Array, Environment, Observations, Policy, acting, rollout
+from netllm_pl.parts import Parts, Shard
+from netllm_pl.paths import weights_of
+from netllm_pl.pool_format import MANIFEST, PoolWriter, refuse_existing
+from netllm_pl.pool_join import join_pools
+from netllm_pl.progress import progress, say, status
+from netllm_pl.rollout import Array, Environment, Observations, Policy, acting, reseed, rollout
 
 if TYPE_CHECKING:
     from netllm_pl.data import NetDataModule
 
 Sample = Callable[[Observations, np.random.Generator], Array]
+
+POOL = "pool"
+"""Folder of the pool that holds the rounds of a section."""
 
 
 class Explore:
@@ -31,7 +38,13 @@ class Explore:
     def __init__(self, policy: Policy, probability: float, sample: Sample, seed: int | Sequence[int] = 0) -> None:
         self.policy, self.probability, self.sample = policy, probability, sample
         self.sequential: bool = getattr(policy, "sequential", False)
-        self._random = np.random.default_rng(seed)
+        self.seed = [seed] if isinstance(seed, int) else list(seed)
+        self._random = np.random.default_rng(self.seed)
+
+    def reseed(self, number: int) -> None:
+        """Draw what belongs to one of many batches of episodes."""
+        self._random = np.random.default_rng([*self.seed, number])
+        reseed(self.policy, number)
 
     def watch(self, env: Environment) -> None:
         """Pass on the simulator to a policy that looks into it."""
@@ -89,11 +102,14 @@ def collect(
     parallel: int = 64,
     best_of: int = 1,
     keep_existing: bool = False,
+    shard: Shard | None = None,
+    merge: bool = False,
 ) -> None:
     """Run a mixture of policies in random episodes of a split and write what happened as an experience pool.
 
     Episode number i is drawn from ``seed * 2**32 + i``. Policies take turns so that any run of episodes holds their
-    shares; within a round of ``parallel`` episodes those of one policy are neighbours.
+    shares; within a round of ``parallel`` episodes those of one policy are neighbours. What is drawn in a round does
+    not depend on earlier rounds: the same call goes on behind those that an interrupted one has left in ``OUT.parts``.
 
     Args:
         data: Data module of a decision task.
@@ -108,9 +124,11 @@ def collect(
         best_of: Play each episode so many times, and keep the time with the highest return. Exploration, and what a
             policy draws by itself, is what differs between them.
         keep_existing: Whether a pool that another process has written there meanwhile is kept without an error.
+        shard: Play only this share of the rounds, and leave them in ``OUT.parts`` for a call that merges them.
+        merge: Play nothing, and write the pool of what other calls have left.
 
     Raises:
-        UserError: An argument is wrong, or the task is no decision task.
+        UserError: An argument is wrong, the task is no decision task, or parts to be merged are missing.
     """
     for name, number, low, high in (
         ("episodes", episodes, 1, 2**31), ("parallel", parallel, 1, 2**20), ("explore", explore, 0, 1),
@@ -124,8 +142,18 @@ def collect(
         "explore": explore, "split": split, "values": values, "seed": seed, "parallel": parallel,
         "best_of": best_of,
     }  # fmt: skip
+    size = max(1, parallel // best_of)
+    rounds = range(-(-episodes // size))
+    if shard is not None and shard.count > len(rounds):
+        raise UserError(
+            f"shard is {shard.number}/{shard.count}, but {episodes} episodes are {len(rounds)} round(s) of {size}; take"
+            " fewer shards, or a smaller --parallel for all of them"
+        )
     env = data.simulator(split, "random")
     policies = {name: acting(data.policy(name, split)) for name in shares}
+    sequential = [name for name, policy in policies.items() if getattr(policy, "sequential", False)]
+    if shard is not None and sequential:
+        raise UserError(f"policy '{sequential[0]}' plays one episode after the other; leave it, or --shard, out")
     if explore:
         if not hasattr(env, "sample"):
             raise UserError(f"{type(env).__name__} cannot draw random actions: it has no sample(); leave explore at 0")
@@ -133,17 +161,46 @@ def collect(
             policies[name] = Explore(policies[name], explore, env.sample, (seed, number))
     if values is not None:
         env = data.label(env, values)
+    depends = {**made_by, "episodes": episodes, "content": data.fingerprint(split)}
+    depends |= {"weights": weights_of(shares), "version": __version__}
+    cure = "play them with --shard i/n, or all that is left by the same command without --merge"
+    parts = Parts(out.with_name(f"{out.name}.parts"), depends, "collection", cure)
+    refuse_existing(out, keep_existing)
     turns = _turns(list(shares.values()), episodes)
-    kept = PoolWriter(out, type(data).__name__, made_by, keep_existing)
-    with kept as writer, progress("episodes played", episodes * best_of) as advance:
-        size = max(1, parallel // best_of)
-        for start in range(0, episodes, size):
-            turn = turns[start : start + size]
-            for number, name in enumerate(shares):
-                seeds = seed * 2**32 + start + np.nonzero(turn == number)[0]
-                if seeds.size:
-                    played = rollout(env, policies[name], seeds.repeat(best_of).tolist(), True, advance)
-                    writer.add(played.best(best_of) if best_of > 1 else played, name, seeds)
+
+    def play(number: int, writer: PoolWriter) -> None:
+        start = number * size
+        turn = turns[start : start + size]
+        for place, name in enumerate(shares):
+            seeds = seed * 2**32 + start + np.nonzero(turn == place)[0]
+            if seeds.size:
+                reseed(policies[name], number)
+                played = rollout(env, policies[name], seeds.repeat(best_of).tolist(), True, advance)
+                writer.add(played.best(best_of) if best_of > 1 else played, name, seeds)
+
+    with parts.claimed(shared=shard is not None, wait=keep_existing):
+        if out.exists() and keep_existing:
+            return
+        if sequential and parts.missing(rounds) != [rounds]:
+            parts.forget()  # they cannot be gone on from in the middle
+        gaps = [] if merge else parts.missing(rounds if shard is None else shard.of(len(rounds)))
+        left = sum(map(len, gaps)) * size
+        if gaps and left < episodes and shard is None:
+            say(f"going on: {episodes - left} of {episodes} episodes are in {parts.folder}")
+        with progress("episodes played", left * best_of) as advance:
+            for gap in gaps:
+                start = gap.start
+                while start < gap.stop:
+                    with parts.section(start) as section:
+                        with PoolWriter(section.folder / POOL, type(data).__name__, made_by) as writer:
+                            while section.stop < gap.stop and not (section.due and section.stop > start):
+                                play(section.stop, writer)
+                                section.stop += 1
+                        start = section.stop
+        if shard is None:
+            pools = [folder / POOL for folder in parts.whole(len(rounds))]
+            join_pools(pools, out, type(data).__name__, made_by, keep_existing)
+            parts.forget()
 
 
 def convert(data: "NetDataModule", file: Path, out: Path, policy: str = "published") -> None:

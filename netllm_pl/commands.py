@@ -3,13 +3,16 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
 from netllm_pl.errors import UserError
 from netllm_pl.parsing import Parser
 from netllm_pl.progress import say
+
+if TYPE_CHECKING:
+    from netllm_pl.parts import Shard
 
 UNUSED = ("trainer", "ckpt_path", "weights_only", "run_dir", "figures", "costs", "save_every")
 """Parts of a config of `fit` of which other commands build nothing."""
@@ -19,7 +22,7 @@ IGNORED = ("model", *UNUSED)
 
 def evaluate(args: list[str]) -> None:
     """Run policies on the same test windows or episodes and print one table."""
-    from netllm_pl.evaluate import run
+    from netllm_pl.evaluate import merge_shards, run, run_shard
 
     parser = _task_parser("evaluate", evaluate.__doc__)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
@@ -27,10 +30,15 @@ def evaluate(args: list[str]) -> None:
         "--out", type=Path, default=Path("results"), help="folder for the results; a new one in it if it holds some"
     )
     parser.add_argument("--steps", action="store_true", help="also write steps.parquet, one row a step")
+    _offer_shards(parser, "OUT/parts")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
     config, data = _with_data(parser, _offer_flags(parser, args), lambda config: config.seed_everything)
     policies = [name.strip() for name in config.policies.split(",") if name.strip()]
-    run(data, policies, config.out, steps=config.steps, command="evaluate")
+    shard = _shard(config)
+    if shard is not None:
+        run_shard(data, policies, config.out, shard, config.steps)
+    else:
+        (merge_shards if config.merge else run)(data, policies, config.out, steps=config.steps, command="evaluate")
 
 
 def collect(args: list[str]) -> None:
@@ -50,6 +58,7 @@ def collect(args: list[str]) -> None:
     parser.add_argument(
         "--convert", type=Path | None, default=None, help="write this published pool instead of running"
     )
+    _offer_shards(parser, "OUT.parts")
     parser.add_argument("--seed_everything", type=Any, default=None, help="ignored; --seed counts here")
     config, data = _with_data(parser, args, lambda config: config.seed)
     if config.convert is not None:
@@ -57,8 +66,12 @@ def collect(args: list[str]) -> None:
     elif config.policy is None:
         raise UserError("missing: --policy; say who acts, such as bba:1,robust_mpc:3, or give --convert FILE")
     else:
-        options = {name: config[name] for name in ("explore", "split", "values", "seed", "parallel", "best_of")}
+        names = ("explore", "split", "values", "seed", "parallel", "best_of", "merge")
+        options = {name: config[name] for name in names} | {"shard": _shard(config)}
         collecting.collect(data, collecting.parse_mixture(config.policy), config.episodes, config.out, **options)
+        if config.shard is not None:
+            print(f"wrote shard {config.shard} in {config.out}.parts")
+            return
     *policies, written = collecting.summary(config.out).splitlines()
     for line in policies:
         say(line)
@@ -165,6 +178,23 @@ def _task_parser(name: str, description: str | None, runs_model: bool = False) -
     for ignored in UNUSED if runs_model else IGNORED:
         parser.add_argument(f"--{ignored}", type=Any, default=None, help="ignored; here so that the same file serves")
     return parser
+
+
+def _offer_shards(parser: Parser, place: str) -> None:
+    """Let a command be divided between machines."""
+    text = (
+        f"i/n: do the i-th of n equal shares only, and leave it in {place}; the other options must be the same for all"
+    )
+    parser.add_argument("--shard", type=str | None, default=None, help=text)
+    parser.add_argument("--merge", action="store_true", help="do nothing but write the whole of what shards have left")
+
+
+def _shard(config: Namespace) -> "Shard | None":
+    from netllm_pl.parts import Shard
+
+    if config.shard is not None and config.merge:
+        raise UserError("give --shard for a share, or --merge when all of them are there, but not both")
+    return Shard.parse(config.shard)
 
 
 def _offer_flags(parser: Parser, args: list[str]) -> list[str]:

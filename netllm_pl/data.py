@@ -168,6 +168,34 @@ class NetDataModule(pl.LightningDataModule, ABC):
             raise UserError(f"{type(self).__name__} has no steps, only whole predictions; leave out --steps")
         return {"episodes": self.episodes(policy)}
 
+    def fingerprint(self, split: str) -> str:
+        """Hash of what the episodes of a split depend on beside the arguments, such as a file; empty if of nothing.
+
+        What was left by an interrupted `evaluate` or `collect` is gone on from only where it is the same.
+        """
+        return ""
+
+    def batches(self) -> int:
+        """Into how many parts the test split can be divided, between machines and by interruptions; 1: into none."""
+        return 1
+
+    def batch_tables(
+        self, policy: Any, steps: bool = False, batches: range | None = None
+    ) -> "Iterator[tuple[int, dict[str, pd.DataFrame]]]":
+        """Run a policy over batches of the test split; a task with more than one of `batches` overrides this.
+
+        Args:
+            policy: The policy.
+            steps: Whether steps are asked for.
+            batches: Which ones; null takes all.
+
+        Yields:
+            How many batches are done, those before ``batches`` included, and the rows of `tables` that were new. What
+            cannot be divided comes with the first batch.
+        """
+        if batches is None or 0 in batches:
+            yield 1, self.tables(policy, steps)
+
     def watch(self, policy: Any) -> "dict[str, pd.DataFrame]":
         """Run a policy over the validation split, or a part of it, and tell all that `figures` shows.
 
@@ -264,8 +292,10 @@ class NetDataModule(pl.LightningDataModule, ABC):
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches all processes, and the main one needs the others to finish its step."""
+    """Ctrl-C, and a cluster's SIGTERM, reach all processes, and the main one needs the others to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Only the first one: the second is PyTorch's, for a worker that does not end.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 class _Rows(Dataset[Batch]):

@@ -219,7 +219,11 @@ class LanguageModelPolicy:
 
     def __init__(self, task: DecisionTask, streaming: bool = True) -> None:
         self.task, self.streaming = task, streaming
-        self.generator = np.random.default_rng(0)
+        self.reseed(0)
+
+    def reseed(self, number: int) -> None:
+        """Draw what belongs to one of many batches of episodes."""
+        self.generator = np.random.default_rng(number)
 
     def reset(self, n: int) -> None:
         """Begin n episodes."""

@@ -4,7 +4,7 @@ Shapes: N episodes side by side, B samples in a batch.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,10 +13,11 @@ import torch
 
 from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.evaluate import joined
 from netllm_pl.experience import Pool, Together, Windows, read_pool
 from netllm_pl.progress import progress
 from netllm_pl.recording import Experience, recorded
-from netllm_pl.rollout import Array, Rollout, acting, rollout
+from netllm_pl.rollout import Array, Policy, Rollout, acting, reseed, rollout
 
 
 class Sessions:
@@ -127,6 +128,20 @@ class DecisionData(NetDataModule):
         """
         return self._play(policy, "test", steps)
 
+    def fingerprint(self, split: str) -> str:
+        """Hash of what episodes depend on."""
+        return self.content(split)
+
+    def batches(self) -> int:
+        """Batches of test episodes."""
+        return -(-len(self.numbers("test")) // self.eval_batch_size)
+
+    def batch_tables(
+        self, policy: Any, steps: bool = False, batches: range | None = None
+    ) -> Iterator[tuple[int, dict[str, pd.DataFrame]]]:
+        """Play batches of test episodes; a policy whose episodes depend on each other plays all with the first."""
+        return self._batches(acting(policy), "test", steps, None, batches)
+
     def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
         """Play the validation episodes, and tell of their steps too."""
         return self._play(policy, "valid", steps=True)
@@ -144,17 +159,29 @@ class DecisionData(NetDataModule):
         return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
 
     def _play(self, policy: Any, split: str, steps: bool, env: Any = None) -> dict[str, pd.DataFrame]:
-        chosen, numbers = acting(policy), self.numbers(split)
+        return joined(tables for _, tables in self._batches(acting(policy), split, steps, env))
+
+    def _batches(
+        self, policy: Policy, split: str, steps: bool, env: Any, batches: range | None = None
+    ) -> Iterator[tuple[int, dict[str, pd.DataFrame]]]:
+        numbers = self.numbers(split)
         env = self.simulator(split) if env is None else env
         env = self.logged(env) if steps else env
         # What is told of the episodes is told by the simulator, which knows those that it played last.
-        size = 1 if getattr(chosen, "sequential", False) else self.eval_batch_size
-        parts = []
-        with progress("episodes", len(numbers)) as advance:
-            for start in range(0, len(numbers), size):
-                some = numbers[start : start + size]
-                parts.append(self.report(rollout(env, chosen, some, advance=advance), env, some, steps))
-        return {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+        sequential = getattr(policy, "sequential", False)
+        size = 1 if sequential else self.eval_batch_size
+        chosen = range(-(-len(numbers) // self.eval_batch_size)) if batches is None else batches
+        played = (range(len(numbers)) if 0 in chosen else range(0)) if sequential else chosen
+        parts = [numbers[size * batch : size * (batch + 1)] for batch in played]
+        told = []
+        with progress("episodes", sum(map(len, parts))) as advance:
+            for batch, some in zip(played, parts, strict=True):
+                reseed(policy, batch)
+                told.append(self.report(rollout(env, policy, some, advance=advance), env, some, steps))
+                if not sequential:
+                    yield batch + 1, told.pop()
+        if told:
+            yield chosen.stop, joined(told)
 
 
 def check_split(split: str) -> None:

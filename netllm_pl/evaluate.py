@@ -2,8 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 
 import pandas as pd
@@ -11,13 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from netllm_pl import __version__, parts
 from netllm_pl.bootstrap import Metric, compare_pairs, summarise
 from netllm_pl.errors import UserError
-from netllm_pl.paths import atomic
+from netllm_pl.parts import Parts, Shard
+from netllm_pl.paths import atomic, weights_of
 from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.run_folder import RESULTS, free_place
 
 __all__ = ["Evaluable", "Metric", "compare_pairs", "print_table", "run", "summarise", "write_results"]
+
+Tables = dict[str, pd.DataFrame]
 
 
 class Evaluable(Protocol):
@@ -34,12 +40,21 @@ class Evaluable(Protocol):
     def policy(self, name: str) -> Any:
         """The policy of a name; an unknown name is a `UserError`."""
 
-    def tables(self, policy: Any, steps: bool = False) -> dict[str, pd.DataFrame]:
-        """Run a policy over the test split.
+    def fingerprint(self, split: str) -> str:
+        """Hash of what the episodes of a split depend on beside the arguments; empty if of nothing."""
 
-        Returns:
-            ``episodes``, one row an episode or window, with ``cluster`` and the metrics' columns; ``steps``, one row a
-            step, if they are asked for; and whatever else there is to tell: each is written under its name.
+    def batches(self) -> int:
+        """Into how many parts the test split can be divided."""
+
+    def batch_tables(
+        self, policy: Any, steps: bool = False, batches: range | None = None
+    ) -> Iterator[tuple[int, Tables]]:
+        """Run a policy over some of the parts of the test split, as `NetDataModule.batch_tables` does.
+
+        Yields:
+            How many parts are done, and their rows: ``episodes``, one row an episode or window, with ``cluster`` and
+            the metrics' columns; ``steps``, one row a step, if they are asked for; and whatever else there is to tell:
+            each is written under its name.
         """
 
 
@@ -55,6 +70,8 @@ def run(
 ) -> pd.DataFrame:
     """Run policies on the same episodes, write the results, print the table and where they lie.
 
+    What takes long is kept in ``OUT/parts`` on the way: the same call goes on from there after an interruption.
+
     Args:
         data: The data module.
         policies: Names of policies or paths of checkpoints; differences are to the first one.
@@ -62,33 +79,174 @@ def run(
         resamples: Bootstrap resamples behind the intervals.
         seed: Seed of the resamples.
         steps: Also write steps.parquet.
-        ready: Policies of that name that need not be built, such as a model in memory.
+        ready: Policies of that name that need not be built, such as a model in memory; then nothing is kept on the way.
         command: Whose results these are, if those of another call are to be kept: a folder that holds some gets a new
-            one in it, named by command and time. Null writes over them.
+            one in it, named by command and time. Null writes over them, and over parts of other evaluations.
 
     Returns:
         The summary, as `summarise` gives it.
     """
-    repeated = [name for name, count in Counter(policies).items() if count > 1]
-    if repeated or not policies:
-        raise UserError(f"policies {', '.join(policies)}: name at least one, and each once.")
-    ready = ready or {}
-    for name in policies:
-        if name not in ready and not Path(name).exists():
-            data.policy(name)  # a misspelt name fails before the first policy runs
-    parts = []
-    for number, name in enumerate(policies, 1):
-        with status(f"running {name} ({number} of {len(policies)})"):
-            # loaded when its turn comes: several large backbones would not fit side by side
-            tables = data.tables(ready[name] if name in ready else data.policy(name), steps)
-            parts.append({key: table.assign(policy=name) for key, table in tables.items()})
-    joined = {key: pd.concat([part[key] for part in parts], ignore_index=True) for key in parts[0]}
-    frame = joined["episodes"]
+    work = _Work(data, policies, out, steps, ready)
+    with work.parts.claimed():
+        if command is None and not work.parts.fits:
+            work.parts.forget()
+        tables = work.tables(work.play(range(work.batches)))
+        summary = _tell(data, policies, out, tables, resamples, seed, command)
+        work.parts.forget()
+    return summary
+
+
+def run_shard(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard, steps: bool = False) -> None:
+    """Run a share of what `run` does, and leave it in ``OUT/parts``.
+
+    Args:
+        data: The data module.
+        policies: Names of policies or paths of checkpoints.
+        out: The folder of the results.
+        shard: Which share of the batches of the test split. A policy whose episodes depend on each other runs as a
+            whole in the first.
+        steps: Whether steps are asked for.
+
+    Raises:
+        UserError: There are fewer batches than shares.
+    """
+    work = _Work(data, policies, out, steps)
+    if shard.count > work.batches:
+        raise UserError(
+            f"shard is {shard.number}/{shard.count}, but the test split of {type(data).__name__} is evaluated in "
+            f"{work.batches} batches or fewer; take fewer shards, or a smaller data.eval_batch_size for all of them"
+        )
+    with work.parts.claimed(shared=True):
+        for start, stop, tables in work.play(shard.of(work.batches)):
+            work.keep(start, stop, tables)
+    print(f"wrote shard {shard.number} of {shard.count} in {work.parts.folder}")
+
+
+def merge_shards(
+    data: Evaluable,
+    policies: Sequence[str],
+    out: Path,
+    resamples: int = 2000,
+    seed: int = 0,
+    steps: bool = False,
+    command: str | None = None,
+) -> pd.DataFrame:
+    """Write and print what `run` would, of what `run_shard` has left; arguments as there.
+
+    Raises:
+        UserError: Some of it is missing, or of an evaluation with other settings.
+    """
+    work = _Work(data, policies, out, steps)
+    with work.parts.claimed():
+        work.parts.whole(work.batches * len(policies))
+        summary = _tell(data, policies, out, work.tables([]), resamples, seed, command)
+        work.parts.forget()
+    return summary
+
+
+class _Work:
+    """The pieces of an evaluation: batches of the test split, of one policy after the other.
+
+    Args:
+        data: The data module.
+        policies: Names of policies or paths of checkpoints.
+        out: The folder of the results.
+        steps: Whether steps are asked for.
+        ready: Policies of that name that need not be built.
+    """
+
+    def __init__(
+        self, data: Evaluable, policies: Sequence[str], out: Path, steps: bool, ready: Mapping[str, Any] | None = None
+    ) -> None:
+        repeated = [name for name, count in Counter(policies).items() if count > 1]
+        if repeated or not policies:
+            raise UserError(f"policies {', '.join(policies)}: name at least one, and each once.")
+        self.data, self.policies, self.steps, self.ready = data, policies, steps, ready or {}
+        for name in policies:
+            if name not in self.ready and not Path(name).exists():
+                data.policy(name)  # a misspelt name fails before the first policy runs
+        self.batches = data.batches()
+        depends = {
+            "data": {"class_path": type(data).__name__, "init_args": dict(getattr(data, "hparams", {}))},
+            "content": data.fingerprint("test"), "policies": list(policies), "weights": weights_of(policies),
+            "steps": steps, "version": __version__,
+        }  # fmt: skip
+        cure = "run them with --shard i/n, or all that is left by the same command without --merge"
+        self.parts = Parts(out / "parts", depends, "evaluation", cure)
+
+    def play(self, own: range) -> Iterator[tuple[int, int, Tables]]:
+        """Run what is not there of some batches, with all policies.
+
+        Yields:
+            The first piece, the one behind the last one, and the tables of what was run last; the rest is kept.
+        """
+        for number, name in enumerate(self.policies):
+            first = number * self.batches
+            gaps = self.parts.missing(range(first + own.start, first + own.stop))
+            if not gaps:
+                continue
+            with status(f"running {name} ({number + 1} of {len(self.policies)})"):
+                # loaded when its turn comes: several large backbones would not fit side by side
+                policy = self.ready[name] if name in self.ready else self.data.policy(name)
+                for gap in gaps:
+                    yield self._fill(policy, gap, first)
+
+    def _fill(self, policy: Any, gap: range, first: int) -> tuple[int, int, Tables]:
+        start, began, told = gap.start, monotonic(), []
+        for done, tables in self.data.batch_tables(policy, self.steps, range(gap.start - first, gap.stop - first)):
+            told.append(tables)
+            if monotonic() - began >= parts.SAVE_S and not self.ready:
+                self.keep(start, first + done, joined(told))
+                start, began, told = first + done, monotonic(), []
+        return start, gap.stop, joined(told)
+
+    def keep(self, start: int, stop: int, tables: Tables) -> None:
+        """Write the results of pieces."""
+        if start < stop:
+            with self.parts.section(start) as section:
+                for name, table in tables.items():
+                    table.to_parquet(section.folder / f"{name}.parquet", index=False)
+                section.stop = stop
+
+    def tables(self, played: Iterable[tuple[int, int, Tables]]) -> Tables:
+        """Join what was run now and what was kept, in the order of a run without interruption."""
+        found = [(start, tables) for start, _, tables in played]
+        for pieces, folder in self.parts.found():
+            read = {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}
+            found.append((pieces.start, read))
+        found.sort(key=lambda part: part[0])
+        names = [self.policies[start // self.batches] for start, _ in found]
+        return joined(
+            {key: table.assign(policy=name) for key, table in tables.items()}
+            for name, (_, tables) in zip(names, found, strict=True)
+        )
+
+
+def joined(tables: Iterable[Tables]) -> Tables:
+    """Put tables of parts one below the other, those of each name."""
+    named: dict[str, list[pd.DataFrame]] = {}
+    for part in tables:
+        for name, table in part.items():
+            named.setdefault(name, []).append(table)
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in named.items()}
+
+
+def _tell(
+    data: Evaluable,
+    policies: Sequence[str],
+    out: Path,
+    tables: Tables,
+    resamples: int,
+    seed: int,
+    command: str | None,
+) -> pd.DataFrame:
+    """Write the results, print the table and where they lie; return the summary."""
+    frame = tables["episodes"]
     summary = summarise(frame, data.metrics, policies, resamples, seed)
     pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
     if command is not None:
         out = free_place(out, RESULTS, command)
-    write_results(out, summary, pairs, joined)
+    write_results(out, summary, pairs, tables)
     if not is_quiet():
         counted = "windows" if "window" in frame else "episodes"
         # a bootstrap of one cluster knows nothing about others
@@ -96,20 +254,22 @@ def run(
         known = "(a 95 % interval needs two clusters at least)" if alone else "[95 % interval]"
         title = f"{summary['n'].iloc[0]} test {counted}, mean {known}"
         print_table(summary, pairs, data.metrics, "; ".join(filter(None, (title, data.note))))
-    print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in joined)])} in {out}")
+    print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in tables)])} in {out}")
     return summary
 
 
-def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> None:
-    """Write summary.csv, paired.csv and the tables as Parquet (policy first, measurements as float64) into a folder."""
-    for name, table in (("summary.csv", summary), ("paired.csv", pairs)):
-        with atomic(out / name) as temporary:
-            table.to_csv(temporary, index=False)
-    for key, frame in tables.items():
-        rows = frame.astype({name: "float64" for name in frame.select_dtypes("floating").columns})
-        rows = rows.astype({"policy": "string"})[["policy", *rows.columns.drop("policy")]]
-        with atomic(out / f"{key}.parquet") as temporary:
-            rows.to_parquet(temporary, index=False)
+def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, tables: Tables) -> None:
+    """Write summary.csv, paired.csv and the tables as Parquet (policy first, measurements as float64) into a folder.
+
+    All of them get their names at the end, one after the other: what lies there is of one evaluation.
+    """
+    with ExitStack() as stack:
+        for name, table in (("summary.csv", summary), ("paired.csv", pairs)):
+            table.to_csv(stack.enter_context(atomic(out / name)), index=False)
+        for key, frame in tables.items():
+            rows = frame.astype({name: "float64" for name in frame.select_dtypes("floating").columns})
+            rows = rows.astype({"policy": "string"})[["policy", *rows.columns.drop("policy")]]
+            rows.to_parquet(stack.enter_context(atomic(out / f"{key}.parquet")), index=False)
 
 
 def print_table(

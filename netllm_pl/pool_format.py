@@ -11,7 +11,7 @@ nodes of a graph) are large lists: an array (n, ...) is stored flat, and its sha
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from math import prod
@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from netllm_pl import __version__
@@ -150,7 +151,7 @@ class PoolWriter:
         self._shards: list[dict[str, Any]] = []
         self._episodes: dict[str, list[Array]] = {"policy": [], "seed": [], "steps": [], "return": []}
         self._count = 0
-        self._refuse_existing()
+        refuse_existing(self.folder, self.keep_existing)
 
     def __enter__(self) -> Self:
         """Make the temporary folder."""
@@ -205,6 +206,24 @@ class PoolWriter:
         for name, values in (about | {"steps": steps, "return": to_go[:, 0]}).items():
             self._episodes[name].append(np.asarray(values))
 
+    def extend(self, columns: Mapping[str, Column], tables: Iterable[pa.Table], episodes: Mapping[str, Array]) -> None:
+        """Append another pool.
+
+        Args:
+            columns: Its columns, which must be those of this pool.
+            tables: Its steps.
+            episodes: Its episodes: policy, seed, steps and return, each (episodes,).
+        """
+        self.columns = self.columns or dict(columns)
+        if self.columns != dict(columns):
+            raise ValueError(f"columns {sorted(columns)} differ from this pool's {sorted(self.columns)}")
+        for table in tables:
+            place = table.column_names.index("episode")
+            self._keep(table.set_column(place, "episode", pc.add(table["episode"], self._count)))
+        self._count += len(episodes["steps"])
+        for name, parts in self._episodes.items():
+            parts.append(np.asarray(episodes[name]))
+
     def _check(self, rows: dict[str, Array], policy: str) -> None:
         for name, values in rows.items():
             finite = _finite(values)
@@ -223,7 +242,10 @@ class PoolWriter:
     def _append(self, rows: dict[str, Array]) -> None:
         """Put rows behind those that wait, and write whole shards."""
         packed = {name: column.pack(rows[name]) for name, column in self.columns.items()}
-        self._waiting.append(pa.table(packed, schema=schema(self.columns)))
+        self._keep(pa.table(packed, schema=schema(self.columns)))
+
+    def _keep(self, table: pa.Table) -> None:
+        self._waiting.append(table)
         while sum(table.nbytes for table in self._waiting) >= SHARD_BYTES:
             table = pa.concat_tables(self._waiting)
             size = max(1, int(len(table) * SHARD_BYTES / table.nbytes))
@@ -265,11 +287,13 @@ class PoolWriter:
             "shards": self._shards,
         }
         (self._temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, default=_plain) + "\n")
-        self._refuse_existing()
+        refuse_existing(self.folder, self.keep_existing)
 
-    def _refuse_existing(self) -> None:
-        if self.folder.exists() and not self.keep_existing:
-            raise UserError(f"{self.folder} exists; choose another folder for the pool, or remove it")
+
+def refuse_existing(folder: Path, keep_existing: bool = False) -> None:
+    """Raise UserError if there is a pool, or anything, where one is to be written, unless it is to be kept."""
+    if folder.exists() and not keep_existing:
+        raise UserError(f"{folder} exists; choose another folder for the pool, or remove it")
 
 
 def schema(columns: Mapping[str, Column]) -> pa.Schema:

@@ -38,7 +38,9 @@ class Policy(Protocol):
 
     A policy whose state must pass from one episode to the next sets ``sequential = True``: its episodes are run one
     after another, and it is told the last observation by ``finish(observations)`` if it has that method. One that looks
-    into the simulator, as planners that know the future do, has ``watch(env)``: it is called before ``reset``.
+    into the simulator, as planners that know the future do, has ``watch(env)``: it is called before ``reset``. One that
+    draws random numbers has ``reseed(number)``: what it draws from then on depends on the number alone, that of a batch
+    of episodes, so that a batch is played the same whether or not the ones before it were.
     """
 
     def reset(self, n: int) -> None:
@@ -103,6 +105,12 @@ def acting(policy: Any) -> Policy:
     if not hasattr(chosen, "act"):
         raise UserError(f"{type(policy).__name__} does not act; give a policy or a checkpoint of this task")
     return chosen
+
+
+def reseed(policy: Any, number: int) -> None:
+    """Let a policy draw what belongs to a batch of episodes, if it draws anything."""
+    if hasattr(policy, "reseed"):
+        policy.reseed(number)
 
 
 def rollout(

@@ -245,7 +245,7 @@ class CLI(LightningCLI):
 
             name = type(self.model).__name__ if best is None else str(best)
             ready = {name: self._on_device()} if best is None else {}
-            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready, anew=True)
+            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
             self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
 
@@ -256,7 +256,7 @@ class CLI(LightningCLI):
         files = {} if best is None else self.model.divide(best, self.datamodule, self.run_dir)
         for name, file in files.items():
             data = self.datamodule.parts[name]
-            run(data, [*data.compared, str(file)], self.run_dir / name, anew=True)
+            run(data, [*data.compared, str(file)], self.run_dir / name)
 
     def _log_test(self, own: "pd.DataFrame") -> None:
         """Let TensorBoard, and so its table of hyper-parameters, have what the best checkpoint is worth."""

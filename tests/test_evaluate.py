@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -149,9 +150,18 @@ class Data:
             raise UserError(f"unknown policy '{name}'")
         return {"static": 0.0, "[linear]": 1.0}[name]
 
-    def tables(self, policy: float, steps: bool = False) -> dict[str, pd.DataFrame]:
+    def fingerprint(self, split: str) -> str:
+        return split
+
+    def batches(self) -> int:
+        return 5
+
+    def batch_tables(self, policy: float, steps: bool = False, batches: range | None = None) -> Any:
         frame = episodes(0, {"": policy}).drop(columns="policy").astype({"error": "float32"})
-        return {"episodes": frame} | ({"steps": frame.assign(step=1)} if steps else {})
+        tables = {"episodes": frame} | ({"steps": frame.assign(step=1)} if steps else {})
+        size = -(-len(frame) // 5)
+        for number in range(5) if batches is None else batches:
+            yield number + 1, {name: table[number * size : (number + 1) * size] for name, table in tables.items()}
 
 
 def test_run_writes_the_steps_if_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +222,7 @@ def test_policies_are_named_once(names: list[str], tmp_path: Path) -> None:
 
 
 def test_an_unknown_policy_stops_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Data, "tables", lambda *_: pytest.fail("a policy ran"))
+    monkeypatch.setattr(Data, "batch_tables", lambda *_: pytest.fail("a policy ran"))
     with pytest.raises(UserError, match="unknown policy 'statc'"):
         run(Data(), ["static", "statc"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

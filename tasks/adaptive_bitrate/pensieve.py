@@ -147,7 +147,12 @@ class Pensieve:
                 "choose another video, or train an actor for it"
             )
         self.actor, self.video, self.sample = actor, video, sample
-        self.random = np.random.default_rng(seed)
+        self.seed = seed
+        self.reseed(0)
+
+    def reseed(self, number: int) -> None:
+        """Draw what belongs to one of many batches of sessions."""
+        self.random = np.random.default_rng([self.seed, number])
 
     def reset(self, n: int) -> None:
         """Nothing to forget."""

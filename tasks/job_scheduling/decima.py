@@ -157,8 +157,13 @@ class DecimaPolicy:
 
     def __init__(self, net: DecimaNet, sample: bool = True, seed: int = 0) -> None:
         self.net, self.sample = net, sample
-        self.random = np.random.default_rng(seed)
+        self.seed = seed
         self.env: Draws | None = None
+        self.reseed(0)
+
+    def reseed(self, number: int) -> None:
+        """Draw what belongs to one of many batches of episodes, where the environment has no streams."""
+        self.random = np.random.default_rng([self.seed, number])
 
     def watch(self, env: Any) -> None:
         """Draw from the environment's streams from now on, if it has any."""

@@ -1,6 +1,7 @@
 """Viewport traces as a data module: published splits and windows, any trace by path, or the built-in generator."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -219,15 +220,42 @@ class ViewportPredictionData(NetDataModule):
 
     def episodes(self, policy: Any, split: str = "test") -> pd.DataFrame:
         """Run a policy over the windows of a split: one row a window, clustered by trace (video and user)."""
-        data = self.dataset(split)
-        parts = []
-        with progress("windows", len(data)) as advance:
-            for start in range(0, len(data), self.eval_batch_size):
-                batch = data[list(range(start, min(start + self.eval_batch_size, len(data))))]
-                parts.append(window_errors(self._predict(policy, batch), batch["future"].numpy()))
-                advance(len(batch["future"]))
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return pd.DataFrame({**data.identify(list(range(len(data)))), "cluster": data.windows.trace, **columns})
+        return pd.concat([frame for _, frame in self._batches(policy, split)], ignore_index=True)
+
+    def fingerprint(self, split: str) -> str:
+        """Hash of the traces."""
+        traces = self.content[0]
+        digest = hashlib.sha256(repr((traces.video.tolist(), traces.user.tolist())).encode())
+        for array in (traces.angles, traces.times, traces.starts):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def batches(self) -> int:
+        """Batches of test windows."""
+        return -(-len(self.dataset("test")) // self.eval_batch_size)
+
+    def batch_tables(
+        self, policy: Any, steps: bool = False, batches: range | None = None
+    ) -> Iterator[tuple[int, dict[str, pd.DataFrame]]]:
+        """Run a policy over batches of test windows."""
+        if steps:
+            self.tables(policy, steps)  # which refuses it
+        for done, frame in self._batches(policy, "test", batches):
+            yield done, {"episodes": frame}
+
+    def _batches(self, policy: Any, split: str, batches: range | None = None) -> Iterator[tuple[int, pd.DataFrame]]:
+        data, size = self.dataset(split), self.eval_batch_size
+        chosen = range(-(-len(data) // size)) if batches is None else batches
+        parts = [list(range(size * batch, min(size * (batch + 1), len(data)))) for batch in chosen]
+        with progress("windows", sum(map(len, parts))) as advance:
+            for batch, rows in zip(chosen, parts, strict=True):
+                windows = data[rows]
+                errors = window_errors(self._predict(policy, windows), windows["future"].numpy())
+                advance(len(rows))
+                yield (
+                    batch + 1,
+                    pd.DataFrame({**data.identify(rows), "cluster": data.windows.trace[np.asarray(rows)], **errors}),
+                )
 
     def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
         """Predict some of the validation windows, spread over all of them.

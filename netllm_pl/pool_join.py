@@ -1,0 +1,48 @@
+"""Puts experience pools one behind the other: those of the parts of a collection."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from netllm_pl.errors import UserError
+from netllm_pl.paths import file_sha256, publish
+from netllm_pl.pool_check import read_episodes, read_manifest
+from netllm_pl.pool_format import PoolWriter, columns_of, refuse_existing
+
+
+def join_pools(
+    pools: Sequence[Path], out: Path, task: str, made_by: Mapping[str, Any], keep_existing: bool = False
+) -> None:
+    """Make one pool of several; a single one is moved.
+
+    Args:
+        pools: Folders of pools with the same columns, in order.
+        out: Folder of the pool to write.
+        task: Class name of the data module that it belongs to.
+        made_by: How it was made.
+        keep_existing: Whether one that appears there meanwhile is kept without an error.
+
+    Raises:
+        UserError: A pool is not what was written, or there is something at ``out``.
+    """
+    if len(pools) == 1:
+        refuse_existing(out, keep_existing)
+        read_manifest(pools[0])
+        publish(pools[0], out)
+        return
+    with PoolWriter(out, task, made_by, keep_existing) as writer:
+        for folder in pools:
+            manifest = read_manifest(folder)
+            episodes = read_episodes(folder, manifest)
+            writer.extend(columns_of(manifest), _tables(folder, manifest), {name: episodes[name] for name in episodes})
+
+
+def _tables(folder: Path, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if file_sha256(file) != shard["sha256"]:
+            raise UserError(f"{file} differs from what was collected (SHA-256); copy it again, or remove its part")
+        yield pq.read_table(file)
