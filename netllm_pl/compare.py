@@ -1,5 +1,6 @@
 """Compares runs of `fit` by what they left in their folders: one table, one picture of their learning curves."""
 
+import io
 import json
 import math
 import re
@@ -165,7 +166,9 @@ def read_curves(folder: Path) -> pd.DataFrame:
     files = [file for file in (*parts, folder / TABLE) if file.is_file() and file.stat().st_size]
     joined: pd.DataFrame | None = None
     for file in files:
-        frame = pd.read_csv(file)
+        text = file.read_text()
+        # A disk that is full, or a crash, may cut the last line in the middle of a number.
+        frame = pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1] or text))
         if "step" not in frame:
             raise UserError(f"{folder} cannot be read: {file.name} has no column step")
         # A run that was killed had gone further than the checkpoint from which it went on.

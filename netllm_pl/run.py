@@ -15,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from callbacks.finite import StopAtNonFinite
@@ -27,6 +27,7 @@ from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkp
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import Terminated, UserError
+from netllm_pl.metrics_file import MetricsFile
 from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
 from netllm_pl.paths import atomic
@@ -130,7 +131,7 @@ class CLI(LightningCLI):
             fitting = self.subcommand == "fit"
             extra["logger"] = [
                 TensorBoardLogger(str(self.run_dir), name="", version="", default_hp_metric=False),
-                *([CSVLogger(str(self.run_dir), name="", version="")] if fitting else []),
+                *([MetricsFile(self.run_dir)] if fitting else []),
             ]
         if self.subcommand == "fit":
             callbacks.append(StopAtNonFinite(self.run_dir))
