@@ -1,5 +1,6 @@
 """The one exception for mistakes of the user, which the command line prints without a traceback; and known failures."""
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -46,7 +47,7 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
 
 
 def explained(error: BaseException) -> str | None:
-    """Say in one line what to do about a failure that is no bug: memory of the GPU, or a package that is missing.
+    """Say in one line what to do about a failure that is no bug: memory, a full disk, a package that is missing.
 
     Returns:
         None if it is neither.
@@ -54,9 +55,21 @@ def explained(error: BaseException) -> str | None:
     for cause in _causes(error):
         if type(cause).__name__ == "OutOfMemoryError":  # torch's; it is not imported for its name
             return _out_of_memory(str(cause))
+        if isinstance(cause, MemoryError) or _REFUSED in str(cause):
+            return (
+                "out of memory; lower data.batch_size or data.eval_batch_size, --parallel of collect, or "
+                "data.num_workers, or let other programs end. What is written is whole: the same command goes on"
+            )
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            place = f"{cause.filename}: " if cause.filename else ""
+            return f"{place}{cause.strerror}; make room, or write elsewhere. What is written is whole"
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             return _missing(cause.name.partition(".")[0])
     return None
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words for what is a MemoryError elsewhere
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -210,7 +210,7 @@ class _Work:
 
     def tables(self, played: Iterable[tuple[int, int, Tables]]) -> Tables:
         """Join what was run now and what was kept, in the order of a run without interruption."""
-        found = [(start, tables) for start, _, tables in played]
+        found = [(start, tables) for start, stop, tables in played if start < stop]
         for pieces, folder in self.parts.found():
             read = {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}
             found.append((pieces.start, read))

@@ -126,8 +126,8 @@ class Parts:
             differs = self._differences(note)
             if differs:
                 raise UserError(
-                    f"{self.folder} holds parts of a {self.what} with other settings ({', '.join(differs)}); go on "
-                    "with those, or remove the folder"
+                    f"{self.folder} holds parts of another {self.what}, with other settings ({', '.join(differs)}); go"
+                    " on with those, or remove the folder"
                 )
             sections.append((range(note["start"], note["stop"]), folder))
         return sorted(sections, key=lambda section: section[0].start)

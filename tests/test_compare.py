@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from netllm_pl.cli import main
 from netllm_pl.compare import compare, differences, read_curves, read_run
 from netllm_pl.errors import UserError
+from netllm_pl.metrics_file import MetricsFile
 
 ROOT = Path(__file__).parent.parent
 
@@ -127,6 +128,32 @@ def test_a_run_that_did_not_end_is_compared_and_marked(tmp_path: Path, capsys: p
     table = compare([folder, folder], tmp_path / "out")
     assert f"not finished: {folder}" in capsys.readouterr().out
     assert len(table) == 1 and not table.loc[0, "finished"] and table.loc[0, "best"] == 10.0
+
+
+def test_a_line_that_was_cut_off_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,0.5\n1,0.25\n2,0.1")
+    assert read_curves(tmp_path)["train/loss"].tolist() == [0.5, 0.25]
+
+
+def test_what_a_checkpoint_is_beyond_is_on_the_disk(tmp_path: Path) -> None:
+    """The step of the checkpoint, too, whose metrics come right behind it; new columns replace the file."""
+    logger = MetricsFile(tmp_path)
+    for step in range(3):
+        logger.log_metrics({"train/loss": step / 4}, step)
+    assert not (tmp_path / "metrics.csv").exists()
+    logger.after_save_checkpoint(None)
+    assert read_curves(tmp_path)["step"].tolist() == [0, 1, 2]
+    logger.log_metrics({"train/loss": 0.75}, 3)
+    assert read_curves(tmp_path)["step"].tolist() == [0, 1, 2, 3]
+    logger.log_metrics({"val/loss": 9.0}, 3)
+    logger.finalize("success")
+    curves = read_curves(tmp_path)
+    assert curves["val/loss"].dropna().tolist() == [9.0] and curves["train/loss"].dropna().tolist() == [
+        0,
+        0.25,
+        0.5,
+        0.75,
+    ]
 
 
 def test_the_parts_of_a_run_are_joined_at_the_step_from_which_it_went_on(tmp_path: Path) -> None:

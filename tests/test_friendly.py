@@ -1,5 +1,7 @@
 """What goes wrong on good code, too, is told in a line that says what to do: memory, packages, data, folders."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,20 @@ def test_a_cause_is_found_behind_other_errors() -> None:
     outer.__cause__ = torch.OutOfMemoryError(OUT_OF_MEMORY)
     assert "out of memory" in str(explained(outer))
     assert explained(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 bytes")])
+def test_memory_of_the_machine_that_is_short_gets_a_cure(error: Exception) -> None:
+    line = str(explained(error))
+    assert line.startswith("out of memory; lower data.batch_size") and "\n" not in line
+
+
+def test_a_full_disk_names_the_file() -> None:
+    line = explained(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x/last.ckpt"))
+    assert line == (
+        "runs/x/last.ckpt: No space left on device; make room, or write elsewhere. What is written is whole"
+    )
+    assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
 
 
 # Packages -------------------------------------------------------------------------------------------------------------

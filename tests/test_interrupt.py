@@ -1,4 +1,4 @@
-"""Ctrl-C in training leaves a checkpoint from which the run goes on as if nothing had happened, and says how."""
+"""Ctrl-C and SIGTERM in training leave a checkpoint from which the run goes on as if nothing had happened."""
 
 import os
 import shlex
@@ -65,8 +65,10 @@ def last(folder: Path) -> dict[str, Any]:
     return found
 
 
-def interrupted(config: Path, folder: Path, step: str, at: int, *more: str, times: int = 1) -> None:
-    """Train until Ctrl-C comes in a method of the task, when so many steps are done."""
+def interrupted(
+    config: Path, folder: Path, step: str, at: int, *more: str, times: int = 1, number: int = signal.SIGINT
+) -> None:
+    """Train until a signal comes in a method of the task, when so many steps are done."""
     original = getattr(NetTask, step)
     left = [times]
 
@@ -74,15 +76,16 @@ def interrupted(config: Path, folder: Path, step: str, at: int, *more: str, time
         if self.global_step == at and left[0] and (step == "validation_step" or not self.trainer.sanity_checking):
             while left[0]:
                 left[0] -= 1
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
         return original(self, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NetTask, step, pressed)
         with pytest.raises(SystemExit) as stop:
             main(["fit", "--config", str(config), "--run_dir", str(folder), *more])
-    assert stop.value.code == 130
+    assert stop.value.code == 128 + number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def command(text: str) -> list[str]:
@@ -117,6 +120,29 @@ def test_an_interrupted_run_goes_on_with_the_printed_command(
     assert end["global_step"] == STEPS == whole["global_step"]
     assert all(torch.equal(value, end["state_dict"][name]) for name, value in whole["state_dict"].items())
     assert (folder / "summary.csv").is_file()
+
+
+@pytest.mark.parametrize(("step", "at", "done"), [("training_step", EPOCH, EPOCH + 1), ("validation_step", 2, 2)])
+def test_a_terminated_run_goes_on_with_the_printed_command(
+    step: str, at: int, done: int, config: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As clusters preempt; in the middle of an epoch."""
+    folder = config.parent / f"terminated-{step}"
+    interrupted(config, folder, step, at, number=signal.SIGTERM)
+    text = capsys.readouterr().err
+    assert "terminated: stopping after this step or validation" in text
+    assert f"stopped at step {done}; go on with\n" in text and "Traceback" not in text
+    assert last(folder)["global_step"] == done
+    main(command(text))
+    end = last(folder)
+    assert all(torch.equal(value, end["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
+def test_terminated_twice_or_early_it_stops_at_once(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    interrupted(config, config.parent / "term-twice", "training_step", 1, times=2, number=signal.SIGTERM)
+    assert capsys.readouterr().err.endswith("terminated; there is no checkpoint yet\n")
+    interrupted(config, config.parent / "term-early", "validation_step", 0, number=signal.SIGTERM)
+    assert capsys.readouterr().err.endswith("terminated; there is no checkpoint yet\n")
 
 
 def test_a_resumed_run_validates_as_the_whole_one(config: Path, whole: dict[str, Any]) -> None:
@@ -159,8 +185,10 @@ def test_before_the_first_step_there_is_nothing_to_go_on_with(config: Path, caps
     assert not (folder / "last.ckpt").exists()
 
 
-def test_a_terminal_interrupts_the_loader_processes_too(config: Path, whole: dict[str, Any]) -> None:
-    folder = config.parent / "group"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_reaches_the_loader_processes_too(number: int, config: Path, whole: dict[str, Any]) -> None:
+    """From a terminal, or a cluster."""
+    folder = config.parent / f"group-{number}"
     words = ["fit", "--config", str(config), "--run_dir", str(folder), "--data.init_args.num_workers", "1"]
     run = [sys.executable, "-m", "netllm_pl", *words, "--trainer.max_steps", "100000"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -170,8 +198,8 @@ def test_a_terminal_interrupts_the_loader_processes_too(config: Path, whole: dic
     deadline = time.monotonic() + 90
     while not (folder / "last.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     text = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, text
+    assert process.returncode == 128 + number, text
     step = last(folder)["global_step"]
     assert f"stopped at step {step}; go on with\n" in text and "Traceback" not in text
