@@ -165,7 +165,8 @@ def collect(
     depends |= {"weights": weights_of(shares), "version": __version__}
     cure = "play them with --shard i/n, or all that is left by the same command without --merge"
     parts = Parts(out.with_name(f"{out.name}.parts"), depends, "collection", cure)
-    refuse_existing(out, keep_existing)
+    if not parts.complete(len(rounds)):  # else the pool was written, and the call ended before it cleared away
+        refuse_existing(out, keep_existing)
     turns = _turns(list(shares.values()), episodes)
 
     def play(number: int, writer: PoolWriter) -> None:
@@ -179,7 +180,8 @@ def collect(
                 writer.add(played.best(best_of) if best_of > 1 else played, name, seeds)
 
     with parts.claimed(shared=shard is not None, wait=keep_existing):
-        if out.exists() and keep_existing:
+        if out.exists():
+            parts.forget()
             return
         if sequential and parts.missing(rounds) != [rounds]:
             parts.forget()  # they cannot be gone on from in the middle

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 from netllm_pl.errors import UserError
 from netllm_pl.paths import PARTIAL, locked, publish, scratch
@@ -137,6 +138,10 @@ class Parts:
         """Whether what is there belongs to this work."""
         return not any(self._differences(note) for note, _ in self._notes())
 
+    def complete(self, pieces: int) -> bool:
+        """Whether all pieces of this work are there."""
+        return self.folder.is_dir() and self.fits and not self.missing(range(pieces))
+
     def _notes(self) -> list[tuple[dict[str, Any], Path]]:
         return [(json.loads(file.read_text()), file.parent) for file in sorted(self.folder.glob(f"[!.]*/{NOTE}"))]
 
@@ -190,7 +195,8 @@ class Parts:
         return [folder for _, folder in found]
 
     def forget(self) -> None:
-        """Remove the folder and what is in it, but not what another process is at."""
-        for place in list(self.folder.iterdir()) if self.folder.is_dir() else []:
-            if not place.name.endswith(PARTIAL):
-                shutil.rmtree(place, ignore_errors=True)
+        """Remove the folder and what is in it, all at once: half of it would look like an interruption."""
+        if self.folder.is_dir():
+            hidden = self.folder.with_name(f".{self.folder.name}.{uuid4().hex[:8]}{PARTIAL}")
+            self.folder.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)

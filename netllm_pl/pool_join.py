@@ -1,5 +1,7 @@
 """Puts experience pools one behind the other: those of the parts of a collection."""
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
-from netllm_pl.paths import file_sha256, publish
+from netllm_pl.paths import atomic_folder, file_sha256
 from netllm_pl.pool_check import read_episodes, read_manifest
 from netllm_pl.pool_format import PoolWriter, columns_of, refuse_existing
 
@@ -16,7 +18,7 @@ from netllm_pl.pool_format import PoolWriter, columns_of, refuse_existing
 def join_pools(
     pools: Sequence[Path], out: Path, task: str, made_by: Mapping[str, Any], keep_existing: bool = False
 ) -> None:
-    """Make one pool of several; a single one is moved.
+    """Make one pool of several, which stay.
 
     Args:
         pools: Folders of pools with the same columns, in order.
@@ -31,13 +33,23 @@ def join_pools(
     if len(pools) == 1:
         refuse_existing(out, keep_existing)
         read_manifest(pools[0])
-        publish(pools[0], out)
+        with atomic_folder(out) as folder:
+            for file in pools[0].iterdir():
+                _link(file, folder / file.name)
         return
     with PoolWriter(out, task, made_by, keep_existing) as writer:
         for folder in pools:
             manifest = read_manifest(folder)
             episodes = read_episodes(folder, manifest)
             writer.extend(columns_of(manifest), _tables(folder, manifest), {name: episodes[name] for name in episodes})
+
+
+def _link(file: Path, name: Path) -> None:
+    """Give a file another name, where the file system can; else copy it."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _tables(folder: Path, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:

@@ -110,7 +110,10 @@ class Runner:
             process.join(fault.share * whole.seconds)
             if process.is_alive():
                 os.kill(process.pid, SIGNALS[fault.kind])
-        process.join(180 if fault is not None else 900)  # the first one compiles kernels
+        process.join(900 if fault is None else 60 if fault.kind == "memory" else 180)  # the first one compiles kernels
+        if fault is not None and fault.kind == "memory" and process.is_alive():
+            process.kill()  # CPython waits for ever for a thread that had no memory to begin with
+            process.join()
         seconds = time.monotonic() - begin
         told = f"{fault} exit {process.exitcode}\n{log.read_text() if log.exists() else ''}"
         if fault is not None:
@@ -139,7 +142,7 @@ def _victim(words: list[str], runner: Runner, fault: Fault | None, whole: Measur
     """Run a command in a process of its own, and let it happen."""
     folder = runner.folder
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the fork server had told to do nothing
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # before the command begins
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -164,10 +167,12 @@ def _victim(words: list[str], runner: Runner, fault: Fault | None, whole: Measur
         else:  # most of it is asked for at the beginning
             limit, most = resource.RLIMIT_AS, size + int(fault.share**2 * whole.memory)
         resource.setrlimit(limit, (most, most))
-    begins.send(None)
-    counted.on = True
     try:
+        begins.send(None)
+        counted.on = True
         cli.main([*words, *(["--debug"] if os.environ.get("NETLLM_DEBUG") else [])])
+    except KeyboardInterrupt:  # before the command begins
+        os._exit(130)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -206,10 +206,11 @@ def test_the_table_says_what_is_counted_and_that_one_cluster_is_too_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(Data(), ["static"], tmp_path)
-    counted = "windows" if "window" in Data().tables(0.0)["episodes"] else "episodes"
+    ((_, whole),) = Data().batch_tables(0.0, batches=range(1))
+    counted = "windows" if "window" in whole["episodes"] else "episodes"
     assert f"test {counted}, mean [95 % interval]" in " ".join(capsys.readouterr().out.split())
-    one = Data().tables(0.0)["episodes"].assign(cluster=0).rename(columns={"window": "episode"})
-    monkeypatch.setattr(Data, "tables", lambda *_: {"episodes": one})
+    one = whole["episodes"].assign(cluster=0).rename(columns={"window": "episode"})
+    monkeypatch.setattr(Data, "batch_tables", lambda *_: [(5, {"episodes": one})])
     run(Data(), ["static"], tmp_path)
     text = " ".join(capsys.readouterr().out.split())
     assert "test episodes, mean (a 95 % interval needs two clusters at least)" in text and "nan" not in text

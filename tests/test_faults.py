@@ -128,11 +128,11 @@ def test_training_goes_on_to_the_same_bits(task: str, runner: Runner, tmp_path: 
     if not last.exists():
         shutil.rmtree(cut, ignore_errors=True)
     runner([*fit, str(cut), *(["--ckpt_path", str(last)] if last.exists() else [])])
-    same_run(work / "whole", cut)
+    same_run(work / "whole", cut, faults=runner.hits)
     assert runner.hits >= FIT // 2
 
 
-def same_run(first: Path, second: Path) -> None:
+def same_run(first: Path, second: Path, faults: int) -> None:
     """The ends of two runs are equal in every bit, their tables and curves too."""
     one, two = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (first, second))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
@@ -144,10 +144,10 @@ def same_run(first: Path, second: Path) -> None:
     for table in summaries:
         table["policy"] = [Path(name).name for name in table["policy"]]
     pd.testing.assert_frame_equal(*summaries)
-    curves = [read_curves(folder) for folder in (first, second)]
     for name in ("train/loss", "val/loss"):
-        logged = [curve[["step", name]].dropna().reset_index(drop=True) for curve in curves]
-        pd.testing.assert_frame_equal(*logged)
+        one, two = (read_curves(folder).set_index("step")[name].dropna() for folder in (first, second))
+        # What is logged of a step comes right behind its checkpoint: a kill between the two loses it.
+        assert len(one) - len(two) <= faults and one[two.index].tolist() == two.tolist(), name
     assert not list(second.glob(".*")), "what killed processes left is cleared away"
 
 
@@ -162,8 +162,14 @@ def same(one: Any, two: Any) -> bool:
     return bool(one == two)
 
 
-def repeat(runner: Runner, words: list[str], out: Path, name: str, number: int, check: Callable[[], None]) -> None:
-    """Run a command until it ends, under faults, so often that so many faults were drawn."""
+def repeat(
+    runner: Runner, words: list[str], out: Path, name: str, number: int, check: Callable[[], None],
+    finished: Callable[[Path], bool] = lambda out: False,
+) -> None:  # fmt: skip
+    """Run a command until it ends, under faults, so often that so many faults were drawn.
+
+    It may be hit when the results are there already, which ``finished`` tells.
+    """
     whole = runner([*words, str(out)])
     check()
     whole = Measured(whole.seconds / 2, whole.operations, whole.largest, whole.memory)  # the first one starts slowly
@@ -171,7 +177,7 @@ def repeat(runner: Runner, words: list[str], out: Path, name: str, number: int, 
     for fault in faults(number, name):
         runner([*words, str(out)], fault, whole)
         check_whole(runner.folder)
-        if runner.finished:
+        if runner.finished or finished(out):
             check()
             shutil.rmtree(out)
     runner([*words, str(out)])
@@ -196,7 +202,7 @@ def test_a_collection_goes_on_to_the_same_pool(
             assert one.to_json() == two.to_json()
         del seen[1:]
 
-    repeat(runner, words, runner.folder / "pool", f"collect {task}", OTHER, check)
+    repeat(runner, words, runner.folder / "pool", f"collect {task}", OTHER, check, Path.exists)
 
 
 @pytest.mark.parametrize("task", TASKS)
