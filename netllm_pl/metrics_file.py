@@ -1,6 +1,8 @@
 """metrics.csv of a run: what is logged is on the disk as soon as a checkpoint goes beyond it."""
 
 import csv
+import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,42 @@ class MetricsFile(CSVLogger):
 
 
 class _Writer(ExperimentWriter):
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+    def save(self) -> None:
+        """Append what was noted, or replace the file by one with more columns; an error leaves it as it was."""
+        if not self.metrics:
+            return
         file = Path(self.metrics_file_path)
-        with file.open(newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        with atomic(file) as temporary, temporary.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=fieldnames)
-            writer.writeheader()
-            writer.writerows(rows)
+        rows: list[dict[str, Any]] = []
+        known: list[str] = []
+        if file.is_file():
+            with file.open(newline="") as stream:
+                known = next(csv.reader(stream), [])
+        names = sorted(set(known).union(*self.metrics))
+        if names == known:
+            _append(file, _text(names, self.metrics))
+        else:
+            if known:
+                with file.open(newline="") as stream:
+                    rows = list(csv.DictReader(stream))
+            with atomic(file) as temporary:
+                temporary.write_text(
+                    _text(names, [dict(zip(names, names, strict=True)), *rows, *self.metrics]), newline=""
+                )
+        self.metrics = []
+
+
+def _text(names: list[str], rows: list[dict[str, Any]]) -> str:
+    stream = io.StringIO(newline="")
+    csv.DictWriter(stream, fieldnames=names).writerows(rows)
+    return stream.getvalue()
+
+
+def _append(file: Path, text: str) -> None:
+    """Write to the end of a file, all of it or nothing."""
+    size = file.stat().st_size
+    try:
+        with file.open("a", newline="") as stream:
+            stream.write(text)
+    except BaseException:
+        os.truncate(file, size)
+        raise

@@ -1,6 +1,8 @@
 """Several runs in one table and one picture, as far as they can be read."""
 
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,33 @@ def test_what_a_checkpoint_is_beyond_is_on_the_disk(tmp_path: Path) -> None:
         0.5,
         0.75,
     ]
+
+
+def test_metrics_that_could_not_be_written_are_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a new column, and at the end of the file, of which a half is no line."""
+    logger = MetricsFile(tmp_path)
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.save()
+    logger.log_metrics({"b": 2.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+        with pytest.raises(OSError, match="no space"):
+            logger.save()
+    logger.save()
+    logger.log_metrics({"a": 3.0}, 2)
+    before = (tmp_path / "metrics.csv").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 2, limit[1]))
+        with pytest.raises(OSError, match="too large"):
+            logger.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    logger.finalize("failed")
+    curves = read_curves(tmp_path)
+    assert curves["step"].tolist() == [0, 1, 2]
+    assert curves["a"].dropna().tolist() == [1, 3] and curves["b"].dropna().tolist() == [2]
 
 
 def test_the_parts_of_a_run_are_joined_at_the_step_from_which_it_went_on(tmp_path: Path) -> None:
