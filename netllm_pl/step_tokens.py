@@ -214,7 +214,8 @@ def pack(line: Line, context: int, least: int = 32) -> Packed:
     lengths = line.real.sum(1)
     counts = lengths.tolist()
     size = max(least, *counts)
-    if lengths.device.type == "cpu":  # where all places cost, and no kernel wants them to be a multiple of anything
+    # On a CPU all places cost. In training they are few beside the others, and new lengths would compile layers again.
+    if lengths.device.type == "cpu" and not torch.is_grad_enabled():
         size = tight(counts, size)
     row, start = torch.tensor(fill(counts, size), device=lengths.device)
     places = (row * size + start)[:, None] + (line.real.cumsum(1) - 1).clamp_min(0)

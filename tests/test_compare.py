@@ -54,7 +54,10 @@ def run_of(folder: Path, lr: float = 1e-3, task: str = "ViewportGRU", **model: A
     return folder
 
 
-def test_runs_are_compared_by_what_makes_them_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_compared_by_what_makes_them_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # some runners of tests set it to less
     runs = [run_of(tmp_path / "runs" / "slow"), run_of(tmp_path / "runs" / "fast", lr=1e-2, width=64)]
     main(["compare", *map(str, runs), "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
