@@ -6,7 +6,7 @@ Shapes: B batch.
 import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -159,15 +159,17 @@ class Predictor:
     def __init__(self, task: "NetTask", batch: Batch, capture: bool) -> None:
         assert task.backbone is not None
         with normal_mode():
-            self.task, self.batch = task, {name: value.clone() for name, value in batch.items()}
+            self.batch = {name: value.clone() for name, value in batch.items()}
+            self.task = ref(task)  # `_PREDICTORS` would else keep what it is the key of
             self.model, self.merged = frozen_copy(task.backbone), merged_of(task.backbone)
             self.places = Places(task)
         self.run = Captured(self._predict, capture)
 
     def _predict(self) -> Any:
-        assert self.task.backbone is not None
-        with self.task.backbone.replaced(self.model):
-            return self.task(self.batch)
+        task = self.task()
+        assert task is not None and task.backbone is not None
+        with task.backbone.replaced(self.model):
+            return task(self.batch)
 
     def __call__(self, batch: Batch) -> Any:
         """Predict a batch of the shape of the first one; the result is the caller's."""

@@ -11,7 +11,7 @@ Shapes: N episodes side by side, K tokens a pass, T places of keys and values, S
 import math
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -107,7 +107,8 @@ class Stream:
 
     def __init__(self, task: DecisionTask, arrays: Observations, capture: bool, few: bool = False) -> None:
         assert task.backbone is not None
-        self.task, self.device, self.capture = task, task.device, capture
+        self.device, self.capture = task.device, capture
+        self._task = ref(task)  # `_STREAMS` would else keep what it is the key of
         self.parcel = Parcel(arrays, self.device)
         self.shapes = shapes_of(arrays)
         state = task.state_tokens(self.parcel.batch)
@@ -134,6 +135,13 @@ class Stream:
         remember = torch.compile(self._remember, dynamic=False) if compiled else self._remember
         self.remember = Captured(remember, capture)
         self.usable = state.mask is None and (self.decoder is not None or (not few and self._first_pass()))
+
+    @property
+    def task(self) -> DecisionTask:
+        """The adapted language model, which outlives its streams."""
+        task = self._task()
+        assert task is not None
+        return task
 
     def _integers(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=self.device)

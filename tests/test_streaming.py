@@ -3,8 +3,10 @@
 Shapes: N sessions, T steps, C choices.
 """
 
+import gc
 from functools import cache
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -223,6 +225,18 @@ def test_other_numbers_of_sessions_have_their_own_stream(most: int, monkeypatch:
     assert [len(stream.parcel.host["step"]) for stream in streaming._STREAMS[task]] == [1, 3]
     one, other = (held(stream) for stream in streaming._STREAMS[task])
     assert one and one == other, "weights exist once, merged ones too"
+
+
+@pytest.mark.parametrize("most", [0, cpu_decoder.MOST])
+def test_a_task_that_is_done_with_is_forgotten(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decoder, "MOST", most)
+    task = make(**ALL)
+    play(Static(task, capture=False), SEEDS[:1])
+    assert streaming._STREAMS[task]
+    alive = ref(task)
+    del task
+    gc.collect()
+    assert alive() is None
 
 
 def test_in_training_and_in_inference_mode() -> None:
