@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -113,8 +113,9 @@ def scratch(path: Path) -> Iterator[Path]:
     the file system has no locks they stay.
 
     Args:
-        path: What is written; the folder it lies in is made.
+        path: What is written; the folder it lies in is made, and removed again if nothing is left in it.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     for dead in path.parent.glob(f".*{PARTIAL}"):
         with locked(dead) as owned:
@@ -122,7 +123,7 @@ def scratch(path: Path) -> Iterator[Path]:
                 shutil.rmtree(dead, ignore_errors=True)
     while True:
         folder = path.with_name(f".{path.name}.{uuid4().hex[:8]}{PARTIAL}")
-        folder.mkdir()
+        folder.mkdir(parents=True)  # another process may have removed what it had made
         with locked(folder) as owned:
             if owned is False or not folder.is_dir():  # another process took it for a dead one in this very moment
                 continue
@@ -130,6 +131,9 @@ def scratch(path: Path) -> Iterator[Path]:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # not empty
+                    for empty in made:
+                        empty.rmdir()
             return
 
 
