@@ -27,7 +27,8 @@ class Figures(Callback):
     which it plays anyway; of others, the data's `watch` predicts a part of the validation split. Baselines run once.
     A validation is drawn if all drawing so far, itself included, keeps to its share of the time since training began;
     `FIRST_S` is set aside for the first, of which nobody knows what it takes. What the model does in the end is drawn
-    when training is over. Drawing changes no random numbers: a run without it has the same losses.
+    when training is over: no step waits for it, and a run too short for its share to hold a drawing shows one all the
+    same. Drawing changes no random numbers: a run without it has the same losses.
 
     Args:
         share: Of the time since training began, what drawing may keep it waiting; 1 draws at every validation.

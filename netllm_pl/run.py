@@ -98,6 +98,16 @@ class CLI(LightningCLI):
             help="also write last.ckpt every that many training steps, to lose less when killed",
         )
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, data and model in the order in which they are built: data first.
+
+        A name of data that is wrong is told at once; to build a language model may take minutes.
+        """
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(NetDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(NetTask, "model", subclass_mode=True)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read files and command line; the command line wins wherever its options stand."""
         assert isinstance(parser, LightningParser)

@@ -218,8 +218,7 @@ def test_a_checkpoint_of_another_backbone_task_or_size(complain: Complain, tmp_p
     size = complain("test", *words, "--model.init_args.horizon", "10", "--data.init_args.horizon", "10")
     assert "use the model settings it was trained with" in size
     task = ["--model", "ViewportGRU", "--ckpt_path", str(tmp_path / "run" / "last.ckpt"), "--run_dir", str(tmp_path)]
-    data = ["--data", "ViewportPredictionData", "--data.dataset", str(tmp_path / "traces.parquet")]
-    message = complain("test", *task, *data, "--trainer.accelerator", "cpu")
+    message = complain("test", *task, "--data", "ViewportPredictionData", "--trainer.accelerator", "cpu")
     assert "of task ViewportPrediction, not ViewportGRU; change model.class_path" in message
 
 

@@ -177,6 +177,38 @@ def test_an_unknown_data_set_lists_the_known_ones_and_how_to_add_one(
     assert known in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [
+        ("viewport_prediction", "dataset"),
+        ("adaptive_bitrate", "traces"),
+        ("adaptive_bitrate", "test_traces"),
+        ("adaptive_bitrate", "test_video"),
+        ("job_scheduling", "workload"),
+        ("throughput_prediction", "traces"),
+        ("throughput_prediction", "test_traces"),
+    ],
+)
+@pytest.mark.parametrize("command", ["fit", "benchmark"])
+def test_an_unknown_data_set_is_told_before_a_model_is_built(
+    command: str,
+    config: str,
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def building(*given: Any, **more: Any) -> None:
+        raise AssertionError("a language model is built")
+
+    monkeypatch.setattr("netllm_pl.task.NetTask.__init__", building)
+    where = ["--run_dir", str(tmp_path)] if command == "fit" else ["--out", str(tmp_path / "x.json")]
+    path = str(ROOT / "configs" / f"{config}.yaml")
+    failing(command, "--config", path, f"--data.{option}", "there/is/nothing", *where)
+    text = capsys.readouterr().err
+    assert "there/is/nothing" in text and ("synthetic" in text or "generated" in text)
+
+
 def test_an_unknown_language_model_lists_the_known_ones_and_how_to_add_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

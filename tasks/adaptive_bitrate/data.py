@@ -24,7 +24,7 @@ from tasks.adaptive_bitrate.baselines import NAMES, build
 from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
 from tasks.adaptive_bitrate.published_pool import read_published
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
-from tasks.adaptive_bitrate.splits import all_traces, named_traces, named_video
+from tasks.adaptive_bitrate.splits import all_traces, check_traces, named_traces, named_video
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 from tasks.adaptive_bitrate.traces import with_starts
 
@@ -118,6 +118,10 @@ class AdaptiveBitrateData(DecisionData):
         self.root, self.weights_dir = data_root(data_dir), weights_dir
         self.history, self.lookahead, self.valid_starts = history, lookahead, valid_starts
         self._read: dict[Any, Any] = {}
+        for name in filter(None, self.trace_names):  # tell at once what is not there, before a model is built
+            check_traces(name, self.root)
+        for split in ("train", "test"):
+            self.video(split)
 
     def traces(self, split: str) -> Traces:
         """Return the traces of a split, read once."""

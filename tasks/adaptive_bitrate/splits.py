@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from netllm_pl.data import SPLITS
 from netllm_pl.errors import UserError, unknown
 from tasks.adaptive_bitrate.simulator import Traces, Video
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
@@ -30,18 +31,36 @@ def named_traces(name: str, split: str, root: Path, published: bool, synthetic: 
     """
     if name == "synthetic":
         return generate(synthetic, split)
+    path = _place(name, split, root)
     if name == "fcc_synthetic" and split == "test":
-        return read_traces(_public(root / "abr" / "traces_synthetic.parquet"))
+        return read_traces(path)
     if name in ("fcc", "fcc_synthetic"):
-        _public(root / "abr" / f"traces_{split}.parquet")
         return (published_split if published else leak_free_split)(root, split)
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise unknown("traces", name, ("synthetic", "fcc", "fcc_synthetic"), "The path of a file or folder is one too.")
     own = [path / f"{split}.parquet", path / split]
     if any(place.exists() for place in own):
         return read_traces(next(place for place in own if place.exists()))
     return _dealt(read_traces(path), split, path)
+
+
+def check_traces(name: str, root: Path) -> None:
+    """Refuse a name of traces that is unknown, or whose files are not there, without reading any.
+
+    Raises:
+        UserError: It is.
+    """
+    for split in SPLITS if name != "synthetic" else ():
+        _place(name, split, root)
+
+
+def _place(name: str, split: str, root: Path) -> Path:
+    """Where traces that are not generated lie: of public ones the file of a split."""
+    if name in ("fcc", "fcc_synthetic"):
+        part = "synthetic" if (name, split) == ("fcc_synthetic", "test") else split
+        return _public(root / "abr" / f"traces_{part}.parquet")
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise unknown("traces", name, ("synthetic", "fcc", "fcc_synthetic"), "The path of a file or folder is one too.")
+    return path
 
 
 def all_traces(name: str, root: Path, synthetic: SyntheticTraces) -> Traces:

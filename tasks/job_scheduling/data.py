@@ -25,7 +25,7 @@ from tasks.job_scheduling.batch import EXTRA, JOBS, NODES
 from tasks.job_scheduling.heuristics import adviser
 from tasks.job_scheduling.planning import Lookahead, Planner, Valued
 from tasks.job_scheduling.simulator import Rules, Simulator
-from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, without
+from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, place_of, without
 from tasks.job_scheduling.synthetic import SyntheticWorkload
 from tasks.job_scheduling.tables import Logged, episode_table, job_table, step_table, task_table
 from tasks.job_scheduling.workloads import Workload
@@ -106,6 +106,8 @@ class JobSchedulingData(DecisionData):
         self.seeds: dict[str, Sequence[int]] = {"test": list(test_seeds), "valid": list(valid_seeds)}
         self.root, self.weights_dir = data_root(data_dir), weights_dir
         self._read: dict[str, Workload] = {}
+        if workload != "synthetic":  # tell at once what is not there, before a model is built
+            place_of(workload, self.root)
 
     def workload(self, split: str) -> Workload:
         """Return the jobs of a split, read once."""

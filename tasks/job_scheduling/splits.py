@@ -29,9 +29,18 @@ def named_workload(name: str, split: str, root: Path, synthetic: SyntheticWorklo
     """
     if name == "synthetic":
         return generate(replace(synthetic, seed=len(SPLITS) * synthetic.seed + SPLITS.index(split)))
+    return read_workload(place_of(name, root))
+
+
+def place_of(name: str, root: Path) -> Path:
+    """Return where a workload that is not generated lies.
+
+    Raises:
+        UserError: The name is unknown, or there is nothing.
+    """
     path = root / "cjs" / "tpch.parquet" if name == "tpch" else Path(name).expanduser()
     if path.exists():
-        return read_workload(path)
+        return path
     if name == "tpch":
         raise UserError(
             f"{path} does not exist; run `python -m netllm_pl fetch tpch`, set data.data_dir or NETLLM_DATA to the "

@@ -45,7 +45,7 @@ def read_traces(path: Path) -> Traces:
             rows = pd.concat(files, names=["trace_name"])
         parts = {str(name): part[COLUMNS].to_numpy(np.float64).T for name, part in rows.groupby("trace_name")}
     except Exception as error:  # what is wrong in a file raises nearly anything
-        raise UserError(f"{path} cannot be read as bandwidth traces: {error!r:.150}") from error
+        raise UserError(f"{path} cannot be read as bandwidth traces (nor is it 'synthetic'): {error!r:.150}") from error
     for name, (time, mbps) in parts.items():
         if not ((mbps >= 0) & (mbps < np.inf)).all() or not (np.diff(time, prepend=-1, append=1e7) > 0).all():
             raise UserError(f"{path}, trace {name}: expected ascending seconds up to 1e7 and finite Mbit/s from 0")
@@ -99,13 +99,13 @@ class ThroughputPredictionData(NetDataModule):
         batch_size: int = 64, eval_batch_size: int = 512,
     ) -> None:  # fmt: skip
         super().__init__(batch_size, eval_batch_size)
-        self.traces, self.test_traces = traces, test_traces
+        self.traces = generate() if traces == "synthetic" else read_traces(Path(traces))
+        self.test_traces = read_traces(Path(test_traces)) if test_traces else None
 
     def splits(self) -> dict[str, Traces]:
         """Traces of each split: of the sources a fifth to test, a fifth to valid; no source is in two of them."""
-        own = generate() if self.traces == "synthetic" else read_traces(Path(self.traces))
-        fifth = {name: own[name] for name in own if source_of(name) % 5 == 0}
-        test = read_traces(Path(self.test_traces)) if self.test_traces else fifth
+        own, fifth = self.traces, {name: row for name, row in self.traces.items() if source_of(name) % 5 == 0}
+        test = fifth if self.test_traces is None else self.test_traces
         tested = set(map(source_of, test))
         left = {name: own[name] for name in own if source_of(name) not in tested}
         valid = {name: left[name] for name in left if source_of(name) % 5 == 1}

@@ -153,6 +153,8 @@ class ViewportPredictionData(NetDataModule):
         self.step, self.train_step = step, train_step
         self.trim_head, self.trim_tail = trim_head, trim_tail
         self.picture_folder, self.picture_offsets, self.synthetic = pictures, tuple(picture_offsets), synthetic
+        if dataset != "synthetic":  # tell at once what is not there, before a model is built
+            self._path(), self._splits()
 
     @cached_property
     def content(self) -> tuple[Traces, Pictures | None, Splits]:
