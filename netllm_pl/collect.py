@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -189,6 +190,7 @@ def collect(
         left = sum(map(len, gaps)) * size
         if gaps and left < episodes and shard is None:
             say(f"going on: {episodes - left} of {episodes} episodes are in {parts.folder}")
+        began = monotonic()
         with progress("episodes played", left * best_of) as advance:
             for gap in gaps:
                 start = gap.start
@@ -199,7 +201,10 @@ def collect(
                                 play(section.stop, writer)
                                 section.stop += 1
                         start = section.stop
-        if shard is None:
+        if shard is not None:
+            took = f"{monotonic() - began:.2f} s of playing"
+            print(f"wrote shard {shard.number} of {shard.count} in {parts.folder} ({took})")
+        else:
             pools = [folder / POOL for folder in parts.whole(len(rounds))]
             join_pools(pools, out, type(data).__name__, made_by, keep_existing)
             parts.forget()

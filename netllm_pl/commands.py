@@ -22,7 +22,9 @@ IGNORED = ("model", *UNUSED)
 
 def evaluate(args: list[str]) -> None:
     """Run policies on the same test windows or episodes and print one table."""
-    from netllm_pl.evaluate import merge_shards, run, run_shard
+    from netllm_pl import side_by_side
+    from netllm_pl.evaluate import check, merge_shards, run, run_shard
+    from netllm_pl.parts import Shard
 
     parser = _task_parser("evaluate", evaluate.__doc__)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
@@ -32,18 +34,28 @@ def evaluate(args: list[str]) -> None:
     parser.add_argument("--steps", action="store_true", help="also write steps.parquet, one row a step")
     _offer_shards(parser, "OUT/parts")
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of everything random")
-    config, data = _with_data(parser, _offer_flags(parser, args), lambda config: config.seed_everything)
+    words = _offer_flags(parser, args)
+    config, data = _with_data(parser, words, lambda config: config.seed_everything)
     policies = [name.strip() for name in config.policies.split(",") if name.strip()]
     shard = _shard(config)
     if shard is not None:
         run_shard(data, policies, config.out, shard, config.steps)
-    else:
-        (merge_shards if config.merge else run)(data, policies, config.out, steps=config.steps, command="evaluate")
+        return
+    if config.devices is not None:
+        more = _enough_batches(data, config.devices)
+        if more:
+            config, data = _with_data(parser, [*words, *more], lambda config: config.seed_everything)
+        check(data, policies, config.out, Shard(1, config.devices), config.steps)  # a mistake is told once
+        side_by_side.run_shards("evaluate", [*side_by_side.without_devices(args), *more], config.devices)
+    whole = run if not config.merge and config.devices is None else merge_shards
+    whole(data, policies, config.out, steps=config.steps, command="evaluate")
 
 
 def collect(args: list[str]) -> None:
     """Run policies in random episodes and write what happened as an experience pool, from which `fit` can learn."""
     from netllm_pl import collect as collecting
+    from netllm_pl import side_by_side
+    from netllm_pl.pool_format import refuse_existing
 
     parser = _task_parser("collect", collect.__doc__)
     parser.add_argument("--policy", type=str | None, default=None, help="NAME[:SHARE],...: who acts, and how often")
@@ -68,9 +80,12 @@ def collect(args: list[str]) -> None:
     else:
         names = ("explore", "split", "values", "seed", "parallel", "best_of", "merge")
         options = {name: config[name] for name in names} | {"shard": _shard(config)}
+        if config.devices is not None:
+            refuse_existing(config.out)
+            side_by_side.run_shards("collect", side_by_side.without_devices(args), config.devices)
+            options["merge"] = True
         collecting.collect(data, collecting.parse_mixture(config.policy), config.episodes, config.out, **options)
         if config.shard is not None:
-            print(f"wrote shard {config.shard} in {config.out}.parts")
             return
     *policies, written = collecting.summary(config.out).splitlines()
     for line in policies:
@@ -187,6 +202,8 @@ def _offer_shards(parser: Parser, place: str) -> None:
     )
     parser.add_argument("--shard", type=str | None, default=None, help=text)
     parser.add_argument("--merge", action="store_true", help="do nothing but write the whole of what shards have left")
+    text = "run so many shards side by side, each in a process with a GPU of its own, and merge them"
+    parser.add_argument("--devices", type=int | None, default=None, help=text)
 
 
 def _shard(config: Namespace) -> "Shard | None":
@@ -194,7 +211,23 @@ def _shard(config: Namespace) -> "Shard | None":
 
     if config.shard is not None and config.merge:
         raise UserError("give --shard for a share, or --merge when all of them are there, but not both")
+    if config.devices is not None and (config.merge or config.shard is not None):
+        raise UserError("--devices runs all shards of this machine and merges them; leave --shard and --merge out")
+    if config.devices is not None and config.devices < 1:
+        raise UserError(f"devices is {config.devices}; it must be at least 1")
     return Shard.parse(config.shard)
+
+
+def _enough_batches(data: Any, processes: int) -> list[str]:
+    """Return what to add to a command line, so that the test split has a batch for each process; [] if it has."""
+    before = data.eval_batch_size
+    if data.batches() >= processes:
+        return []
+    data.eval_batch_size = 1
+    size = max(1, -(-data.batches() // processes))
+    data.eval_batch_size = before
+    say(f"data.eval_batch_size is {size}: a batch for each of {processes} processes")
+    return [f"--data.eval_batch_size={size}"]
 
 
 def _offer_flags(parser: Parser, args: list[str]) -> list[str]:

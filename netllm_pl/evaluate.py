@@ -21,7 +21,7 @@ from netllm_pl.paths import atomic, weights_of
 from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.run_folder import RESULTS, free_place
 
-__all__ = ["Evaluable", "Metric", "compare_pairs", "print_table", "run", "summarise", "write_results"]
+__all__ = ["Evaluable", "Metric", "check", "compare_pairs", "print_table", "run", "summarise", "write_results"]
 
 Tables = dict[str, pd.DataFrame]
 
@@ -96,6 +96,11 @@ def run(
     return summary
 
 
+def check(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard, steps: bool = False) -> None:
+    """Refuse what `run_shard` refuses before it runs anything; arguments as there."""
+    _Work(data, policies, out, steps).refuse(shard)
+
+
 def run_shard(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard, steps: bool = False) -> None:
     """Run a share of what `run` does, and leave it in ``OUT/parts``.
 
@@ -111,15 +116,11 @@ def run_shard(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard,
         UserError: There are fewer batches than shares.
     """
     work = _Work(data, policies, out, steps)
-    if shard.count > work.batches:
-        raise UserError(
-            f"shard is {shard.number}/{shard.count}, but the test split of {type(data).__name__} is evaluated in "
-            f"{work.batches} batches or fewer; take fewer shards, or a smaller data.eval_batch_size for all of them"
-        )
+    work.refuse(shard)
     with work.parts.claimed(shared=True):
         for start, stop, tables in work.play(shard.of(work.batches)):
             work.keep(start, stop, tables)
-    print(f"wrote shard {shard.number} of {shard.count} in {work.parts.folder}")
+    print(f"wrote shard {shard.number} of {shard.count} in {work.parts.folder} ({work.seconds:.2f} s of playing)")
 
 
 def merge_shards(
@@ -153,6 +154,10 @@ class _Work:
         out: The folder of the results.
         steps: Whether steps are asked for.
         ready: Policies of that name that need not be built.
+
+    Attributes:
+        batches: Of one policy.
+        seconds: That policies have played so far, without the time to build them.
     """
 
     def __init__(
@@ -166,6 +171,7 @@ class _Work:
             if name not in self.ready and not Path(name).exists():
                 data.policy(name)  # a misspelt name fails before the first policy runs
         self.batches = data.batches()
+        self.seconds = 0.0
         depends = {
             "data": {"class_path": type(data).__name__, "init_args": dict(getattr(data, "hparams", {}))},
             "content": data.fingerprint("test"), "policies": list(policies), "weights": weights_of(policies),
@@ -173,6 +179,15 @@ class _Work:
         }  # fmt: skip
         cure = "run them with --shard i/n, or all that is left by the same command without --merge"
         self.parts = Parts(out / "parts", depends, "evaluation", cure)
+
+    def refuse(self, shard: Shard) -> None:
+        """Refuse more shares than there are batches."""
+        if shard.count > self.batches:
+            raise UserError(
+                f"shard is {shard.number}/{shard.count}, but the test split of {type(self.data).__name__} is evaluated "
+                f"in {self.batches} batches or fewer; take fewer shards, or a smaller data.eval_batch_size for all of "
+                "them"
+            )
 
     def play(self, own: range) -> Iterator[tuple[int, int, Tables]]:
         """Run what is not there of some batches, with all policies.
@@ -193,11 +208,13 @@ class _Work:
 
     def _fill(self, policy: Any, gap: range, first: int) -> tuple[int, int, Tables]:
         start, began, told = gap.start, monotonic(), []
+        entered = began
         for done, tables in self.data.batch_tables(policy, self.steps, range(gap.start - first, gap.stop - first)):
             told.append(tables)
             if monotonic() - began >= parts.SAVE_S and not self.ready:
                 self.keep(start, first + done, joined(told))
                 start, began, told = first + done, monotonic(), []
+        self.seconds += monotonic() - entered
         return start, gap.stop, joined(told)
 
     def keep(self, start: int, stop: int, tables: Tables) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from netllm_pl import parts
+from netllm_pl import parts, side_by_side
 from netllm_pl.cli import main
 from netllm_pl.collect import collect
 from netllm_pl.errors import UserError
@@ -214,6 +215,74 @@ def test_shards_of_an_evaluation_make_the_table_of_one_process(
     whole = results(tmp_path / "whole")
     assert whole == results(tmp_path / "out") and len(whole) >= 3
     assert not (tmp_path / "out" / "parts").exists()
+
+
+def test_devices_run_all_shards_of_a_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_after_the_other(command: str, words: list[str], count: int) -> None:
+        for number in range(count):
+            main([command, *words, "--shard", f"{number + 1}/{count}"])
+
+    monkeypatch.setattr(side_by_side, "run_shards", one_after_the_other)
+    words = ["collect", *evaluation(tmp_path, "AdaptiveBitrateData")[1:3], "--policy", "bba,rate", "--explore", "0.5"]
+    words += ["--episodes", "8", "--parallel", "3"]
+    main([*words, "--out", str(tmp_path / "one")])
+    main([*words, "--out", str(tmp_path / "two"), "--devices=2"])
+    assert steps(tmp_path / "one").to_json() == steps(tmp_path / "two").to_json()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_devices_run_all_shards_of_an_evaluation(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With a batch for each of them."""
+    words = evaluation(tmp_path, "AdaptiveBitrateData")
+    large = ["--data.eval_batch_size", "9"]
+    main([*words, "--data.eval_batch_size", "4", "--out", str(tmp_path / "whole")])
+    main([*words, *large, "--out", str(tmp_path / "out"), "--devices", "2"])
+    told = capfd.readouterr().out
+    assert "data.eval_batch_size is 4: a batch for each of 2 processes" in told
+    assert all(f"wrote shard {number} of 2 in {tmp_path / 'out' / 'parts'} (" in told for number in (1, 2))
+    assert results(tmp_path / "whole") == results(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--devices", "0"], "devices is 0; it must be at least 1"),
+        (["--devices", "2", "--shard", "1/2"], "leave --shard and --merge out"),
+        (["--devices", "2", "--merge"], "leave --shard and --merge out"),
+        (["--devices", "9"], "is evaluated in 4 batches or fewer"),
+    ],
+)
+def test_devices_that_make_no_sense_are_refused(
+    more: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*evaluation(tmp_path, "JobSchedulingData"), "--out", str(tmp_path / "out"), *more])
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("error:") == 1, error
+
+
+def test_a_failed_process_stops_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *"--shard 3/3 --quiet") echo lost >&2; kill -9 $$;; esac\nexec sleep 60\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(side_by_side, "GRACE_S", 1.0)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        side_by_side.run_shards("evaluate", ["--config", "x.yaml"], 3)
+    assert stop.value.code == 128 + 9 and time.monotonic() - began < 20
+    assert capfd.readouterr().err == "lost\nprocess 3 of 3 failed; the same command goes on\n"
+
+
+def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    own = [side_by_side._environment(number, 3)["CUDA_VISIBLE_DEVICES"] for number in range(3)]
+    assert own == ["4", "6", "4"]
+    assert side_by_side.without_devices(["a", "--devices", "2", "--b=1", "--devices=3"]) == ["a", "--b=1"]
 
 
 def test_missing_or_strange_parts_of_an_evaluation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
