@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from callbacks.events import writer_of
 from callbacks.moving_average import averaged
 from callbacks.rollout import evaluation_of
+from netllm_pl.backbone import is_sharded
 from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
 
@@ -28,7 +29,8 @@ class Figures(Callback):
     A validation is drawn if all drawing so far, itself included, keeps to its share of the time since training began;
     `FIRST_S` is set aside for the first, of which nobody knows what it takes. What the model does in the end is drawn
     when training is over: no step waits for it, and a run too short for its share to hold a drawing shows one all the
-    same. Drawing changes no random numbers: a run without it has the same losses.
+    same. Where layers are shared out over processes (`netllm_pl.sharded`), only tasks that act are drawn. Drawing
+    changes no random numbers: a run without it has the same losses.
 
     Args:
         share: Of the time since training began, what drawing may keep it waiting; 1 draws at every validation.
@@ -56,7 +58,7 @@ class Figures(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether this validation is drawn, and tell the evaluation by rollout to keep its episodes."""
         self._own, self._watching_s = None, 0.0
-        draws = not trainer.sanity_checking and _draws(trainer)
+        draws = not trainer.sanity_checking and _draws(trainer, pl_module)
         self._due = draws and self._affordable(trainer)
         evaluation = evaluation_of(trainer)
         if evaluation is not None:
@@ -80,7 +82,7 @@ class Figures(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what the model does in the end, unless a validation after the last step was drawn."""
-        if trainer.global_step == self._shown or not trainer.enable_validation or not _draws(trainer):
+        if trainer.global_step == self._shown or not trainer.enable_validation or not _draws(trainer, pl_module):
             return
         if evaluation_of(trainer) is None:
             modes = {module: module.training for module in pl_module.modules()}
@@ -125,7 +127,9 @@ class Figures(Callback):
         return seconds
 
 
-def _draws(trainer: Trainer) -> bool:
+def _draws(trainer: Trainer, task: LightningModule) -> bool:
+    if is_sharded(task) and evaluation_of(trainer) is None:
+        return False  # only the first process would predict, and it cannot alone
     data = getattr(trainer, "datamodule", None)
     draws = isinstance(data, NetDataModule) and type(data).figures is not NetDataModule.figures
     return draws and writer_of(trainer) is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 from netllm_pl.data import Loader
 from netllm_pl.errors import UserError
 from netllm_pl.paths import atomic
+from netllm_pl.sharded import Sharded
 
 NAME = "nonfinite-step{step}.ckpt"
 
@@ -81,8 +82,8 @@ class StopAtNonFinite(Callback):
         """Save what there is, and say what to do."""
         rank = f"-rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         path = self.folder / NAME.format(step=f"{seen.step}{rank}")
-        # Sharded weights would have to be gathered from processes that go on with training.
-        whole = isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy)
+        # Others would gather what learns from processes that go on with training.
+        whole = isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy | Sharded)
         saved: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=True) if whole else {}
         cpu = torch.device("cpu")
         indices = _indices(trainer, seen.number)

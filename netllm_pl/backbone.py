@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -19,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
-from netllm_pl.graphs import LearningGraph
+from netllm_pl.graphs import LearningGraph, normal_mode
 from netllm_pl.quantize import Bits, quantize
+from netllm_pl.random_weights import LARGE, Draw, blank, is_put_off
 
 NAMED = ("smollm2-135m",)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
@@ -84,8 +86,10 @@ class BackboneConfig:
         lora: Low-rank adapter; null trains the encoder and the head only.
         full: Train all weights instead (for comparison; checkpoints then hold them all).
         seed: Seed of the random weights when not pretrained.
-        draw_on: Where random weights are drawn: ``cpu`` gives the same ones on all machines; ``cuda`` draws them on the
-            GPU and in dtype, other ones, but those of a 7B model in seconds and without 27 GB of the machine's memory.
+        draw_on: Where random weights are drawn: ``cpu`` as transformers does, in float32; ``anywhere`` on the device
+            where they are used, in dtype, each from a hash of its place (`netllm_pl.random_weights`): those of a 7B
+            model in seconds, the same ones on all devices and for any number of processes that share them. Null takes
+            ``anywhere`` for a billion weights and more. ``cuda`` draws on the GPU as transformers does.
     """
 
     name: str = "smollm2-135m"
@@ -102,7 +106,7 @@ class BackboneConfig:
     lora: LoRA | None = field(default_factory=LoRA)
     full: bool = False
     seed: int = 0
-    draw_on: Literal["cpu", "cuda"] = "cpu"
+    draw_on: Literal["cpu", "cuda", "anywhere"] | None = None
 
     def torch_dtype(self) -> torch.dtype:
         """Return the type of the frozen weights on this machine."""
@@ -126,6 +130,8 @@ class Backbone(nn.Module):
         token_scale: Root mean square of the word embedding, the scale that the first layer expects.
         places: Length that it can read, if its positions are learned vectors; else None.
         fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16, and others if quantised.
+        sharded: Whether the processes of a run share out its layers (`netllm_pl.sharded`); then all of them must run it
+            equally often.
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -144,17 +150,23 @@ class Backbone(nn.Module):
         weight: Tensor = embedding.get_parameter("weight").detach()
         self.d_model = int(weight.shape[1])
         self.d_hidden = int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
-        self.token_scale = float(weight.float().square().mean().sqrt())
+        self._draw = Draw(model, config.seed) if weight.is_meta else None
+        self.token_scale = float(weight.float().square().mean().sqrt()) if self._draw is None else self._draw.std
         self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ENCODERS
         model.set_input_embeddings(nn.Identity())
         self.places = _places(model)
-        self.fingerprint = fingerprint_of(model)
-        if not config.pretrained:
+        self.fingerprint = fingerprint_of(model, self._draw)
+        if not config.pretrained and self._draw is None:
             _cast(model, config.torch_dtype())
         if config.quantize is not None:
-            quantize(model, config.quantize, config.torch_dtype())
+            quantize(model, config.quantize, config.torch_dtype(), self._draw)
             # Answers differ by more than those of float types, so adapters are kept apart.
             self.fingerprint += f"-{config.quantize}"
+        if self._draw is not None:
+            if is_put_off():
+                blank(model, config.torch_dtype())
+            else:
+                self._draw.fill(model, "", torch.get_default_device(), config.torch_dtype())
         model.requires_grad_(config.full)
         if config.checkpointing:
             checkpoint_activations(model, config.checkpointing)
@@ -163,6 +175,19 @@ class Backbone(nn.Module):
             compile_layers(self.model)
         self._instead: list[nn.Module] = []  # in a list, so that it is no part of this module
         self._graph: LearningGraph | None = None
+        self.sharded = False
+
+    def draw(self, device: torch.device, layer: nn.Module | None = None) -> None:
+        """Draw the random weights of a layer, or all, that were put off (`netllm_pl.random_weights.put_off`), if any.
+
+        Args:
+            device: Where.
+            layer: One of `layers_of`.
+        """
+        if self._draw is not None:
+            whole = self._draw.model
+            path = "" if layer is None else next(name for name, part in whole.named_modules() if part is layer)
+            self._draw.fill(whole if layer is None else layer, path, device, self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,7 +240,9 @@ class Backbone(nn.Module):
             model = self._instead[0] if self._instead else self.model
             # Only training always comes in the same shape; anything else would be compiled again and again.
             plain = self.config.compile and not learning and not self._instead
-            with torch.compiler.set_stance("force_eager") if plain else nullcontext():
+            # Layers that are put together in inference mode could not be used in training.
+            normal = normal_mode() if self.sharded and torch.is_inference_mode_enabled() else nullcontext()
+            with torch.compiler.set_stance("force_eager") if plain else nullcontext(), normal:
                 hidden = model(inputs_embeds=values, attention_mask=attention, **extra).last_hidden_state
         result: Tensor = hidden.float()
         return result
@@ -276,9 +303,23 @@ def compile_layers(model: nn.Module, dynamic: bool | None = None) -> None:
     """
     # Of several processes each would cut its graphs where gradients are sent off: with one graph a layer that is done.
     torch._dynamo.config.optimize_ddp = False
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=dynamic)
+    for layer in layers_of(model):
+        layer.compile(dynamic=dynamic)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a language model of transformers."""
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def backbones_of(task: nn.Module) -> list[Backbone]:
+    """All language models in a task."""
+    return [module for module in task.modules() if isinstance(module, Backbone)]
+
+
+def is_sharded(task: nn.Module) -> bool:
+    """Whether all processes of the run must take part in each pass of a task, as each has a share of the weights."""
+    return any(backbone.sharded for backbone in backbones_of(task))
 
 
 def _load(config: BackboneConfig) -> PreTrainedModel:
@@ -293,11 +334,7 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
                     source, config=hf, dtype=config.torch_dtype(), trust_remote_code=False, **attention
                 )
         else:
-            device, dtype = _drawing(config)
-            with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
-                torch.manual_seed(config.seed)
-                from_config: Any = factory.from_config  # untyped there
-                model = from_config(hf, dtype=dtype, trust_remote_code=False, **attention)
+            model = _random(factory, hf, config, attention)
     except (OSError, ValueError, ImportError) as error:
         cure = "" if config.attention is None else f"; backbone.attention is {config.attention}, sdpa needs no package"
         raise UserError(f"backbone {config.name}: {_first_line(error).rstrip('.')}{cure}") from error
@@ -305,9 +342,24 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
     return inner
 
 
+def _random(factory: Any, hf: PreTrainedConfig, config: BackboneConfig, more: dict[str, Any]) -> PreTrainedModel:
+    """Draw a model at random, or lay it out on the meta device for `Draw`; buffers are there in any case."""
+    more = {**more, "trust_remote_code": False}
+    if config.draw_on in (None, "anywhere"):
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = factory.from_config(hf, dtype=config.torch_dtype(), **more)
+        if config.draw_on == "anywhere" or sum(weight.numel() for weight in model.parameters()) >= LARGE:
+            return model
+    device, dtype = _drawing(config)
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
+        torch.manual_seed(config.seed)
+        model = factory.from_config(hf, dtype=dtype, **more)
+    return model
+
+
 def _drawing(config: BackboneConfig) -> tuple[torch.device, torch.dtype]:
     """Return where random weights are drawn, and in which type."""
-    if config.draw_on == "cpu":
+    if config.draw_on != "cuda":
         # In float32 so that the same seed gives the same weights for every dtype; they are cast afterwards.
         return torch.device("cpu"), torch.float32
     if not torch.cuda.is_available():
@@ -422,12 +474,21 @@ def _places(model: nn.Module) -> int | None:
     return None
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """Hash the architecture and up to 1024 evenly spaced values of every weight, as bfloat16."""
+def fingerprint_of(model: nn.Module, draw: Draw | None = None) -> str:
+    """Hash the architecture and up to 1024 evenly spaced values of every weight, as bfloat16.
+
+    Args:
+        model: The model.
+        draw: Where weights that are not drawn yet come from; of vectors, which it does not draw, only shapes count.
+    """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, weight in sorted(model.named_parameters()):
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16)
+        step = max(1, weight.numel() // 1024)
+        if draw is None:
+            sample = weight.detach().flatten()[::step][:1024].to(torch.bfloat16)
+        else:
+            places = torch.arange(0, weight.numel(), step)[:1024]
+            sample = (draw.numbers(name, places) if weight.dim() > 1 else places * 0).to(torch.bfloat16)
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -66,8 +66,9 @@ class Batches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of one epoch, for one process."""
-        # Training takes equal shares, as its processes step together; evaluation takes every sample.
-        share = self.size // self.world if self.shuffle else len(range(self.rank, self.size, self.world))
+        # Training takes equal shares, as its processes step together; evaluation takes every sample, in equally many
+        # batches, as the processes may each have a part of the weights.
+        share = self.size // self.world if self.shuffle else -(-self.size // self.world)
         full = share // self.batch_size
         return max(1, full) if self.shuffle else -(-share // self.batch_size)
 
@@ -77,8 +78,16 @@ class Batches(Sampler[list[int]]):
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
         else:
             order = torch.arange(self.size)
-        own = order[self.rank :: self.world]
-        for batch in range(self.start, len(self)):
+        own, count = order[self.rank :: self.world], len(self)
+        if not self.shuffle and -(-len(own) // self.batch_size) < count:
+            if len(own) < count:
+                raise UserError(
+                    f"{self.size} samples cannot be evaluated by {self.world} processes in {count} batches each; "
+                    "set data.eval_batch_size to 2 or more, or take fewer processes"
+                )
+            yield from (part.tolist() for part in own.tensor_split(count)[self.start :])
+            return
+        for batch in range(self.start, count):
             yield own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
 

@@ -201,7 +201,9 @@ class DecisionTask(OfflineTask):
                 a CPU for few episodes side by side.
         """
         assert self.backbone is not None
-        gpu, cpu = self.device.type == "cuda" and self.backbone.config.graphs, self.device.type == "cpu"
+        whole = not self.backbone.sharded  # LoRA cannot be merged into a part of a weight
+        gpu = whole and self.device.type == "cuda" and self.backbone.config.graphs
+        cpu = whole and self.device.type == "cpu"
         if streaming and (gpu or cpu if static is None else static):
             from netllm_pl.streaming import StaticPolicy
 

@@ -193,6 +193,7 @@ def predict(task: "NetTask", batch: Batch) -> Any:
         or not backbone.config.graphs
         or task.device.type != "cuda"
         or not task.fixed
+        or backbone.sharded
         or task.training
         or torch.is_grad_enabled()
     ):

@@ -16,12 +16,14 @@ from netllm_pl.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from netllm_pl.random_weights import Draw
+
 Bits = Literal["int8", "nf4"]
 BLOCK = 64
 """Numbers that share a scale in NF4."""
 
 
-def quantize(model: "PreTrainedModel", bits: Bits, compute: torch.dtype) -> None:
+def quantize(model: "PreTrainedModel", bits: Bits, compute: torch.dtype, draw: "Draw | None" = None) -> None:
     """Store the weights of all linear layers with fewer bits; norms, biases and position vectors stay as they are.
 
     A GPU does it, one layer at a time, if there is one: the weights of a 7B model take minutes on a CPU. They lie where
@@ -32,6 +34,8 @@ def quantize(model: "PreTrainedModel", bits: Bits, compute: torch.dtype) -> None
         bits: ``int8``: a scale for each output, activations stay as they are. ``nf4``: blocks of 64 numbers with a
             scale each, itself in 8 bits (QLoRA; Dettmers et al., 2023, arXiv:2305.14314).
         compute: Type in which the layers multiply.
+        draw: Draws the weights of a layer that has none yet, just before it is quantised: all of them at once may take
+            more memory than there is.
 
     Raises:
         ModuleNotFoundError: The extra ``quantize`` is not installed.
@@ -48,8 +52,13 @@ def quantize(model: "PreTrainedModel", bits: Bits, compute: torch.dtype) -> None
         above, _, own = name.rpartition(".")
         if own in kept:
             continue
-        linear = _linear(model.get_submodule(name))
-        home = linear.weight.device
+        layer = model.get_submodule(name)
+        home = layer.get_parameter("weight").device
+        if home.type == "meta":
+            assert draw is not None
+            home = torch.get_default_device()
+            draw.fill(layer, name, worker, compute)
+        linear = _linear(layer)
         if bits == "int8":
             linear.to(worker)
             library.quantize_(linear, library.Int8WeightOnlyConfig())

@@ -23,6 +23,7 @@ from callbacks.interrupt import StopAndSave, Stopped
 from callbacks.predictions import PredictionTable
 from callbacks.progress import Bars, PlainProgress
 from callbacks.resume import ExactResume, SaveOften
+from netllm_pl.backbone import is_sharded
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
@@ -32,7 +33,9 @@ from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, say
+from netllm_pl.random_weights import put_off
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of, note_run
+from netllm_pl.sharded import Sharded as Sharded  # so that trainer.strategy knows it by name
 from netllm_pl.task import NetTask
 
 if TYPE_CHECKING:
@@ -76,6 +79,11 @@ class CLI(LightningCLI):
             if self._made is not None:
                 with suppress(OSError):  # something is in it, nearly always
                     self._made.rmdir()
+
+    def instantiate_classes(self) -> None:
+        """Build task, data and trainer; large random weights are drawn later, where the trainer wants them."""
+        with put_off():
+            super().instantiate_classes()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add where the run goes."""
@@ -247,7 +255,10 @@ class CLI(LightningCLI):
             return
         # A run that ends before its first validation has no best checkpoint, and one may be told to write none at all.
         best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
+        if is_sharded(self.model) and best is not None:
+            self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
         if not self.trainer.is_global_zero:
+            self._take_part()
             return
         if isinstance(self.model, MultiTask):
             self._compare_parts(best)
@@ -255,7 +266,7 @@ class CLI(LightningCLI):
             from netllm_pl.evaluate import run
 
             name = type(self.model).__name__ if best is None else str(best)
-            ready = {name: self._on_device()} if best is None else {}
+            ready = {name: self._on_device()} if best is None or is_sharded(self.model) else {}
             summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
             self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
@@ -279,18 +290,29 @@ class CLI(LightningCLI):
 
     def after_test(self) -> None:
         """Compare what was tested with the baselines on the test split."""
-        if self._get(self.config, "trainer").fast_dev_run or not self.trainer.is_global_zero:
+        if self._get(self.config, "trainer").fast_dev_run:
             return
         if isinstance(self.model, MultiTask):
             return  # each task has a checkpoint of its own, which evaluate compares with its baselines
+        if not self.trainer.is_global_zero:
+            self._take_part()
+            return
         from netllm_pl.evaluate import run
 
         name = self._get(self.config, "ckpt_path") or type(self.model).__name__
         place = free_place(self.run_dir, RESULTS, "test")
         run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: self._on_device()})
 
+    def _take_part(self) -> None:
+        """Make the passes of the first process, which writes the table, if it needs this one's share of the weights."""
+        if is_sharded(self.model) and not isinstance(self.model, MultiTask):
+            for _ in self.datamodule.batch_tables(self._on_device()):
+                pass
+
     def _on_device(self) -> Any:
         """Return the model, ready to be asked."""
+        if is_sharded(self.model):
+            return self.model.eval()
         return self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def after_predict(self) -> None:

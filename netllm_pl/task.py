@@ -190,6 +190,12 @@ class NetTask(pl.LightningModule, ABC):
             if callable(flush):
                 flush()
 
+    def configure_model(self) -> None:
+        """Draw random weights that were put off, and share out frozen layers; Lightning calls it before all else."""
+        from netllm_pl.sharded import prepare
+
+        prepare(self)
+
     # Optimiser and checkpoints ----------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
