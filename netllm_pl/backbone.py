@@ -27,6 +27,17 @@ from netllm_pl.random_weights import LARGE, Draw, blank, is_put_off
 NAMED = ("smollm2-135m",)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
 
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "meta-llama/Llama-2-7b-hf": (
+        "llama",
+        {
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        },
+    ),
+}  # fmt: skip
+"""Architectures of models for which the hub wants a permission; with random weights they need neither."""
+
 ENCODERS = ("t5", "mt5")
 """Encoder-decoders, of which only the encoder is run: it sees all tokens and keeps no cache."""
 
@@ -391,6 +402,9 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
 
     source = _source(config)
     overrides = dict(config.config or {})
+    if source in SHAPES and not config.pretrained:
+        source, shape = SHAPES[source]
+        overrides = shape | overrides
     if code := sorted({"trust_remote_code", "code_revision", "auto_map"} & overrides.keys()):
         raise UserError(f"backbone.config.{code[0]}: code that comes with a model is never run; remove the entry")
     if overrides and config.pretrained:

@@ -1,13 +1,15 @@
 """Measures a task in one run: training, decisions or predictions, the task's own works, and the machine's ceilings.
 
-The file holds ``environment``, ``settings``, ``model``, ``training``, ``decision`` and ``rollout`` (tasks that act) or
-``prediction`` (others), ``published_style`` (the same tokens and weights in the published way, `netllm_pl.published`),
-``works`` (what `NetDataModule.benchmarks` lists), ``ceilings``, ``scaling`` if it is asked for, and ``ratios``. Names
-end in units; a median has a ``_range`` beside it, the smallest and largest repeat; a ratio says of what to what it is.
+The file holds ``environment``, ``settings``, ``model``, ``training`` (as the config says), ``batches`` (training with
+other numbers of samples, on a GPU), ``decision`` and ``rollout`` (tasks that act) or ``prediction`` (others),
+``quantised`` (a base of 4 bits, on a GPU), ``published_style`` (the same tokens and weights in the published way,
+`netllm_pl.published`), ``works`` (what `NetDataModule.benchmarks` lists), ``ceilings``, ``scaling`` if it is asked for,
+and ``ratios``. Names end in units; a median has a ``_range`` beside it, the smallest and largest repeat; a ratio says
+of what to what it is.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from rich.table import Table
 
 from netllm_pl.acting import ActingTask
 from netllm_pl.data import NetDataModule
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, unknown
+from netllm_pl.fast_paths import hasten, nothing_recomputed, quantised, training_or_plain
 from netllm_pl.machine import can_write, ceilings, environment
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
@@ -25,7 +28,7 @@ from netllm_pl.published import can_restate, published_style
 from netllm_pl.quantize import weight_bytes, weight_count
 from netllm_pl.scaling import check as check_scaling
 from netllm_pl.scaling import scaling
-from netllm_pl.speed import decisions, many_episodes, predictions, training
+from netllm_pl.speed import decisions, many_episodes, predictions, training_batches
 from netllm_pl.task import NetTask
 from netllm_pl.timing import Entry, Work, measure, ratio
 
@@ -34,6 +37,10 @@ RATIOS = "ratios.json"
 """File of docs/results/benchmark with the ratios of all others there (`regression`)."""
 TRAINER = ("accelerator", "precision", "gradient_clip_val")
 """What of a config's trainer counts for the speed of a step."""
+PARTS = ("published", "training", "batches", "answers", "rollout", "ceilings", "works", "quantised")
+"""What is measured, the published way first; ``answers`` are decisions or predictions."""
+MORE = ("batches", "quantised")
+"""Parts of which a CPU is asked only by name: what they show is of GPUs, and takes long there."""
 ABOUT = ("format", "environment", "settings", "ratios")
 """Parts of the file that the table leaves out, or prints in its own way."""
 
@@ -46,8 +53,9 @@ def run(
     quick: bool = False,
     trainer: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
-    published: bool = True,
+    parts: Collection[str] | None = None,
     largest: int | None = None,
+    fast: bool = True,
 ) -> Entry:
     """Measure, write the file, print a table and where the file lies.
 
@@ -59,53 +67,67 @@ def run(
         quick: Measure for a shorter time, and fewer episodes.
         trainer: The trainer's part of a config, of which `TRAINER` counts.
         config: What to note as the configuration.
-        published: Also measure the published way of running it (`netllm_pl.published`).
+        parts: What to measure, of `PARTS`; null leaves out `MORE` on a CPU.
         largest: Also measure how cost grows with size (`netllm_pl.scaling`), up to this one; null does not.
+        fast: On a GPU, take the fast paths that the config leaves open (`hasten`).
 
     Returns:
         What the file holds.
     """
-    check(out, repeats)
+    parts = chosen_parts(None) if parts is None else parts
+    check(out, repeats, parts)
     if largest is not None:
         check_scaling(data, largest)
     settings = {name: value for name, value in (trainer or {}).items() if name in TRAINER and value is not None}
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.get("accelerator") != "cpu" else "cpu")
     with status("reading the data, recording experience"):
         len(data.dataset("train"))  # not part of the first step
         works = data.benchmarks()
-    restated: Entry | None = None
-    if published and can_restate(task):
-        with status("the published way"):
-            restated = _restated(task, data, repeats, quick, settings)
-    with status("training"):
-        trained, device = training(task, data, repeats, quick, settings)
     found: Entry = {
         "format": FORMAT,
         "environment": environment(device),
-        "settings": {"repeats": repeats, "quick": quick, "trainer": settings, "config": _noted(config)},
+        "settings": {"repeats": repeats, "quick": quick, "parts": sorted(parts), "config": _noted(config)},
         "model": describe(task),
-        "training": trained,
     }
-    if restated is not None:
-        found["published_style"] = restated
-    task.to(device).eval()  # the trainer has put it back on the CPU
-    if isinstance(task, ActingTask):
+    if "published" in parts and can_restate(task):
+        with status("the published way"):
+            found["published_style"] = _restated(task, data, repeats, quick, settings)
+    if fast and device.type == "cuda" and task.backbone is not None:
+        found["settings"]["fast_paths"] = hasten(task.backbone, settings)
+    found["settings"]["trainer"] = settings
+    if "training" in parts:
+        with status("training"):
+            found["training"], device = training_or_plain(task, data, repeats, quick, settings)
+    if "batches" in parts:
+        with status("training with larger batches"), nothing_recomputed(task):
+            sizes = [data.batch_size * factor for factor in (1, 4)]
+            found["batches"] = training_batches(task, data, sizes, repeats, quick, settings)
+    task.to(device).eval()
+    if "answers" in parts and isinstance(task, ActingTask):
         with status("single decisions"):
             found["decision"] = decisions(task, data, repeats)
-        with status("many episodes"):
-            found["rollout"] = many_episodes(task, data, 20 if quick else 100, repeats)
-    else:
+    elif "answers" in parts:
         with status("predictions"):
             found["prediction"] = predictions(task, data, repeats, quick)
-    with status("the machine"):
-        dtype = torch.float32 if task.backbone is None else task.backbone.dtype
-        found["ceilings"] = ceilings(device, dtype, repeats, quick)
-    if task.backbone is not None:  # each answer reads all of its weights
-        found["ceilings"]["weights_read_ms"] = 1000 * found["model"]["backbone_gb"] / found["ceilings"]["copy_gb_per_s"]
-    with status("the task's own works"):
-        found["works"] = measure(works, repeats, 0.1 if quick else 1.0)
+    if "rollout" in parts and isinstance(task, ActingTask):
+        with status("many episodes"):
+            found["rollout"] = many_episodes(task, data, 20 if quick and device.type == "cpu" else 100, repeats)
+    if "ceilings" in parts:
+        with status("the machine"):
+            dtype = torch.float32 if task.backbone is None else task.backbone.dtype
+            found["ceilings"] = ceilings(device, dtype, repeats, quick)
+        if task.backbone is not None:  # each answer reads all of its weights
+            read = found["model"]["backbone_gb"] / found["ceilings"]["copy_gb_per_s"]
+            found["ceilings"]["weights_read_ms"] = 1000 * read
+    if "works" in parts:
+        with status("the task's own works"):
+            found["works"] = measure(works, repeats, 0.1 if quick else 0.5)
     if largest is not None:
         with status("growing numbers of episodes and steps"):
             found["scaling"] = scaling(task, data, largest)
+    if "quantised" in parts and can_restate(task):
+        with status("a base of 4 bits"):
+            found["quantised"] = quantised(task, data, repeats, quick, settings)
     found["ratios"] = ratios(found, works)
     with atomic(out) as temporary:
         temporary.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
@@ -125,12 +147,29 @@ def _restated(task: NetTask, data: NetDataModule, repeats: int, quick: bool, set
         return {"out_of_memory": True}
 
 
-def check(out: Path, repeats: int) -> None:
+def chosen_parts(words: str | None, published: bool = True) -> list[str]:
+    """Return what to measure.
+
+    Args:
+        words: Names with commas; null for all, without `MORE` on a CPU.
+        published: Whether the published way is among them.
+    """
+    if words is None:
+        parts = [part for part in PARTS if torch.cuda.is_available() or part not in MORE]
+    else:
+        parts = [part.strip() for part in words.split(",")]
+    return [part for part in parts if published or part != "published"]
+
+
+def check(out: Path, repeats: int, parts: Collection[str]) -> None:
     """Refuse what would fail only after everything has been measured.
 
     Raises:
-        UserError: Nothing can be written there, or there is nothing to take a median of.
+        UserError: Nothing can be written there, there is nothing to take a median of, or a part is unknown.
     """
+    for part in parts:
+        if part not in PARTS:
+            raise unknown("part", part, PARTS, "Give some of them to --parts, separated by commas.")
     if repeats < 1:
         raise UserError(f"--repeats is {repeats}; it must be at least 1")
     if not can_write(out):
@@ -140,6 +179,8 @@ def check(out: Path, repeats: int) -> None:
 def describe(task: NetTask) -> Entry:
     """Say what is measured: class, and size of the language model."""
     found: Entry = {"task": type(task).__name__, "trained_parameters": _count(task, trained=True)}
+    if task.published_overlay is not None:
+        found["tokens_as_published"] = f"with --config {task.published_overlay}"
     if task.backbone is not None:
         config, model = task.backbone.config, task.backbone.model
         found |= {
@@ -160,6 +201,8 @@ def ratios(found: Mapping[str, Any], works: Mapping[str, Work]) -> Entry:
         "recomputation_to_streaming": ("decision.full_recomputation.median_ms", "decision.streaming.median_ms"),
         "decision_to_weights_read": ("decision.streaming.median_ms", "ceilings.weights_read_ms"),
         "prediction_to_weights_read": ("prediction.single.median_ms", "ceilings.weights_read_ms"),
+        "best_training_to_matmul": ("batches.best.tflop_per_s", "ceilings.matmul_tflop_per_s"),
+        "best_training_to_published": ("batches.best.samples_per_s", "published_style.training.samples_per_s"),
         "training_to_published": ("training.samples_per_s", "published_style.training.samples_per_s"),
         "published_memory_to_ours": ("published_style.training.peak_memory_gb", "training.peak_memory_gb"),
         "published_decision_to_streaming": ("published_style.decision.median_ms", "decision.streaming.median_ms"),

@@ -95,7 +95,7 @@ def collect(args: list[str]) -> None:
 
 def benchmark(args: list[str]) -> None:
     """Measure training, decisions or predictions, and the task's simulator, beside what this machine can do at most."""
-    from netllm_pl.benchmark import check, run
+    from netllm_pl.benchmark import MORE, PARTS, check, chosen_parts, run
     from netllm_pl.run import prepare
     from netllm_pl.sources import read_sources
 
@@ -115,6 +115,14 @@ def benchmark(args: list[str]) -> None:
         help="also measure the way of the published code: float32, batches of one, nothing cached",
     )  # fmt: skip
     parser.add_argument(
+        "--parts", type=str | None, default=None,
+        help=f"what to measure, separated by commas; null: all of {', '.join(PARTS)} ({', '.join(MORE)}: on a GPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fast", type=bool, default=True,
+        help="on a GPU, compile, capture graphs and train in mixed precision, whatever the config says",
+    )  # fmt: skip
+    parser.add_argument(
         "--scaling", type=int | None, default=None,
         help="also measure up to so many episodes side by side and steps of a pool, such as 1000000; null does not",
     )  # fmt: skip
@@ -126,7 +134,8 @@ def benchmark(args: list[str]) -> None:
     words = ["--random_weights=true" if word == "--random-weights" else word for word in words]
     config = parser.read(words)
     repeats = (2 if config.quick else 5) if config.repeats is None else config.repeats
-    check(config.out, repeats)
+    parts = chosen_parts(config.parts, config.published)
+    check(config.out, repeats, parts)
     if config.random_weights:
         _draw_weights(config.model)
     noted = {name: _plain(config[name].as_dict()) for name in ("model", "data")}
@@ -138,7 +147,9 @@ def benchmark(args: list[str]) -> None:
     prepare()
     _seed(config.seed_everything)
     built = parser.instantiate(config)
-    run(built.model, built.data, config.out, repeats, config.quick, trainer, noted, config.published, config.scaling)
+    run(
+        built.model, built.data, config.out, repeats, config.quick, trainer, noted, parts, config.scaling, config.fast
+    )  # fmt: skip
 
 
 def compare(args: list[str]) -> None:
@@ -261,11 +272,15 @@ def _plain(tree: Any) -> Any:
 
 
 def _draw_weights(model: Namespace) -> None:
-    """Let the backbone of a model's config have random weights."""
+    """Let the backbone of a model's config have random weights, drawn on the GPU if there is one."""
+    import torch
+
     backbone = model.init_args.get("backbone")
     if backbone is None:
         raise UserError(f"{model.class_path.rpartition('.')[2]} has no backbone; leave out --random_weights")
     backbone.pretrained = False
+    if torch.cuda.is_available():
+        backbone.draw_on = "cuda"
 
 
 def _parser(name: str, description: str | None) -> Parser:

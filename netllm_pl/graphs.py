@@ -110,7 +110,8 @@ class LearningGraph:
             samples = tuple(torch.randn_like(t) if t.is_floating_point() else t.clone() for t in given)
             samples = tuple(s.requires_grad_(t.requires_grad) for s, t in zip(samples, given, strict=True))
             last = _Last(self.model, mask is not None, positions is not None).train()
-            self.run = torch.cuda.make_graphed_callables(last, samples, allow_unused_input=True)  # type: ignore[assignment]
+            with _uncached_autocast(tokens.device.type):
+                self.run = torch.cuda.make_graphed_callables(last, samples, allow_unused_input=True)  # type: ignore[assignment]
             self.known, self.places = known, Places(self.model)
         if known != self.known:
             return None
@@ -119,6 +120,13 @@ class LearningGraph:
                 weight.grad = weight.grad.clone()
         hidden: Tensor = self.run(*given)  # type: ignore[misc]
         return hidden
+
+
+def _uncached_autocast(device: str) -> torch.autocast:
+    """Mixed precision as it is now, but casting weights anew at each use: a graph must not read casts of before it."""
+    return torch.autocast(
+        device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False
+    )
 
 
 class _Last(nn.Module):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.hooks import RemovableHandle
 
 from netllm_pl.acting import ActingTask, evaluating
@@ -41,6 +42,7 @@ class StepTimer(Callback):
         self.repeats, self.warmup, self.least_s = repeats, warmup, least_s
         self.steps = self.samples = self.tokens = 0
         self.first_s = 0.0
+        self.compiled = 0  # graphs so far, when the first step was done
         self.blocks: list[tuple[float, int, int, int]] = []  # seconds, steps, samples, tokens
         self.device = torch.device("cpu")
 
@@ -61,6 +63,7 @@ class StepTimer(Callback):
         self.samples += len(next(iter(batch.values())))
         if self.steps == 1:
             self.first_s, self.device = now() - self.clock, pl_module.device
+            self.compiled = compiled_graphs()
         if self.steps == self.warmup:
             self._restart()
         if self.steps <= self.warmup or now(wait=False) - self.clock < self.least_s:
@@ -82,7 +85,7 @@ def training(
     ``tflop_per_s`` counts two operations a weight and token in the forward pass, two more for the gradients of
     activations, and two more for those of the weights that learn; attention itself, encoder and head are left out.
     """
-    timer = StepTimer(repeats, warmup=2 if quick else 5, least_s=0.5 if quick else 2.0)
+    timer = StepTimer(repeats, warmup=2 if quick else 5, least_s=0.5 if quick else 1.0)
     trainer = _trainer(timer, settings)
     hook: RemovableHandle | None = None
     if task.backbone is not None:
@@ -101,6 +104,7 @@ def training(
     seconds, steps, samples, tokens = (np.array(column) for column in zip(*timer.blocks, strict=True))
     found: Entry = {
         "first_step_s": timer.first_s,
+        "recompilations": compiled_graphs() - timer.compiled,
         "batch_samples": int(samples[0] // steps[0]),
         "steps_measured": int(steps.sum()),
         **rate((steps / seconds).tolist(), "steps"),
@@ -113,14 +117,79 @@ def training(
     return found | peak_memory(timer.device), timer.device
 
 
+def training_batches(
+    task: NetTask, data: NetDataModule, sizes: Sequence[int], repeats: int, quick: bool, settings: Mapping[str, Any]
+) -> Entry:
+    """Train with batches of other sizes, the smallest first, until one does not fit into memory.
+
+    Args:
+        task: Its layers are compiled anew for each size, if they are, so that none is of sizes that change.
+        data: Its batch size is afterwards what it was.
+        sizes: Samples of a batch.
+        repeats: As in `training`.
+        quick: As in `training`.
+        settings: As in `training`.
+
+    Returns:
+        What the fastest size gave (an entry of `training`) as ``best``, and all of them ``by_batch``.
+    """
+    before, found = data.batch_size, {}
+    try:
+        for size in sorted(sizes):
+            data.batch_size = size
+            forget_shapes(task)
+            try:
+                found[str(size)], _ = training(task, data, repeats, quick, settings)
+            except UserError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise
+                break
+    finally:
+        data.batch_size = before
+        forget_shapes(task)
+    if not found:
+        return {"out_of_memory": True}
+    return {"best": max(found.values(), key=lambda entry: float(entry["samples_per_s"])), "by_batch": found}
+
+
+def forget_shapes(task: NetTask) -> None:
+    """Let compiled layers and captured training steps be made anew, for the shapes that come next."""
+    if task.backbone is not None and task.backbone.config.compile:
+        torch._dynamo.reset()
+    if task.backbone is not None:
+        task.backbone._graph = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs have been compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+class Staying(SingleDeviceStrategy):
+    """Trains on one GPU and leaves the model there: bringing a large one to the CPU and back takes seconds."""
+
+    def teardown(self) -> None:
+        """End all but the model."""
+        self.precision_plugin.teardown()
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
 def flop_per_token(backbone: Backbone) -> int:
     """Operations of a training step for a token: 4 a frozen weight, 6 a weight that learns."""
     return sum((6 if weight.requires_grad else 4) * weight_count(weight) for weight in backbone.model.parameters())
 
 
 def _trainer(timer: StepTimer, settings: Mapping[str, Any]) -> Trainer:
+    gpu = torch.cuda.is_available() and settings.get("accelerator", "auto") != "cpu"
     try:
         return Trainer(
+            strategy=Staying(torch.device("cuda", torch.cuda.current_device())) if gpu else "auto",
             devices=1,
             max_epochs=-1,
             max_steps=10**9,  # the timer ends it
@@ -140,6 +209,8 @@ def _trainer(timer: StepTimer, settings: Mapping[str, Any]) -> Trainer:
 # Use ------------------------------------------------------------------------------------------------------------------
 
 
+SLOW = 2
+"""Episodes behind the latency of what takes much longer than it has to."""
 STEPS = 50
 """Steps of an episode that are played at most: some tasks' have thousands."""
 
@@ -185,19 +256,21 @@ class Timed:
         return actions[0]
 
 
-def decisions(task: ActingTask, data: NetDataModule, repeats: int) -> Entry:
+def decisions(task: ActingTask, data: NetDataModule, repeats: int, again: bool = True) -> Entry:
     """Time the decisions of single episodes (`begin`), one a repeat, after an episode that does not count.
 
     A task that decides with a language model is also timed as a policy without a cache of keys and values pays:
-    ``full_recomputation`` runs the whole episode so far for each decision.
+    ``full_recomputation`` runs the whole episode so far for each decision, unless ``again`` is false.
     """
     kinds: dict[str, Callable[[], Policy]] = {"streaming": task.as_policy}
-    if isinstance(task, DecisionTask):
+    if again and isinstance(task, DecisionTask):
         kinds["full_recomputation"] = partial(task.as_policy, streaming=False)
     env = data.simulator("test", "fixed")
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(-1, repeats):
         for name, make in kinds.items():
+            if name != "streaming" and repeat >= SLOW:
+                continue
             timed = Timed(make())
             begin(env, timed, [max(repeat, 0)])
             seconds[name] += timed.seconds if repeat >= 0 else []

@@ -22,10 +22,11 @@ from netllm_pl.acting import ActingTask, evaluating
 from netllm_pl.cpu_decoder import decoder_of
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
-from netllm_pl.frozen import frozen_copy, inner_model, merged_of
+from netllm_pl.frozen import _PREDICTORS, frozen_copy, inner_model, merged_of
 from netllm_pl.graphs import Captured, Places, normal_mode
 from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import Line, StepTokens, follow, lay_out, visible
+from netllm_pl.task import NetTask
 
 RING = "netllm_pl_ring"
 """Name of the attention below among those of transformers."""
@@ -293,6 +294,13 @@ def stream_of(task: DecisionTask, arrays: Observations, capture: bool, few: bool
             stream.restart()
     _STREAMS[task] = [stream, *_STREAMS.get(task, [])][:KEPT]
     return stream
+
+
+def forget(task: NetTask) -> None:
+    """Free what was compiled and captured of a task's decisions and predictions."""
+    _PREDICTORS.pop(task, None)
+    if isinstance(task, DecisionTask):
+        _STREAMS.pop(task, None)
 
 
 def can_stream(task: DecisionTask) -> bool:

@@ -83,6 +83,8 @@ class NetTask(pl.LightningModule, ABC):
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
     answer_columns: ClassVar[tuple[str, ...]] = ("prediction",)
     """Columns of predictions.parquet: what the last axis of a prediction holds, or one name for all of it."""
+    published_overlay: ClassVar[str | None] = None
+    """Overlay that lays out tokens as NetLLM's published code does, where the defaults do not; `benchmark` names it."""
     fixed = False
     """Whether batches of one shape always take the same operations on the device, and wait for nothing: predictions are
     then captured in a CUDA graph. A cache of features, for one, depends on what is in a batch."""
@@ -214,6 +216,13 @@ class NetTask(pl.LightningModule, ABC):
         else:
             schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * total), int(total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Step, and let go of the gradients: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Average the weights if the optimiser's settings say so."""

@@ -128,6 +128,25 @@ def test_a_task_that_predicts_is_measured_by_its_predictions(cached: Path, capsy
     assert "prediction.single.median_ms / ceilings.weights_read_ms = " in printed
 
 
+def test_parts_are_chosen_and_larger_batches_and_four_bits_measured_where_asked(cached: Path) -> None:
+    shape = "{hidden_size: 64, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, vocab_size: 8}"
+    words = ["--model.init_args.backbone", f"{{name: llama, pretrained: false, config: {shape}, layers: null}}"]
+    words += ["--model.init_args.backbone.checkpointing", "0.5", "--parts", "batches, quantised"]
+    layout = ["--config", str(ROOT / "configs" / "overlays" / "adaptive_bitrate" / "published_tokens.yaml")]
+    words += ["--data.init_args.batch_size=2", "--data.init_args.rules={chunks: 22}", "--data.init_args.window=20"]
+    main(["benchmark", *STREAMING, *layout, *words, "--out", str(cached / "parts.json"), "--debug"])
+    found = json.loads((cached / "parts.json").read_text())
+    assert set(found) == {"format", "environment", "settings", "model", "batches", "quantised", "ratios"}
+    assert found["model"]["tokens_as_published"] == "with --config " + layout[1].removeprefix(f"{ROOT}/")
+    by_batch = found["batches"]["by_batch"]
+    assert [entry["batch_samples"] for entry in by_batch.values()] == [2, 8] == list(map(int, by_batch))
+    assert found["batches"]["best"] == max(by_batch.values(), key=lambda entry: float(entry["samples_per_s"]))
+    assert by_batch["2"]["tokens_per_sample"] == 160, "eight tokens for each of 20 steps"
+    assert by_batch["2"]["recompilations"] == 0
+    four = found["quantised"]
+    assert four["training"]["batch_samples"] == 4 and four["decision"]["median_ms"] > 0
+
+
 # The regression file --------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +199,7 @@ def test_what_is_given_reaches_the_measurement(built: list[Any], tmp_path: Path)
     main([*words, "--repeats", "null", "--trainer.precision", "bf16-mixed"])
     main([*words, "--repeats", "7"])
     assert built[0][3:5] == (2, True), "two repeats with --quick"
+    assert built[0][7] == [part for part in benchmark.PARTS if part not in benchmark.MORE] and built[0][9]
     assert built[0][5]["precision"] == "bf16-mixed" and built[0][5]["max_steps"] == 800
     assert built[1][3:5] == (7, True) and built[1][0].backbone.config.name == "llama"
 
@@ -189,6 +209,7 @@ def test_what_is_given_reaches_the_measurement(built: list[Any], tmp_path: Path)
     [
         (["--repeats", "0"], "--repeats is 0; it must be at least 1"),
         (["--out", "."], "give the path of a file"),
+        (["--parts", "training,rolout"], "unknown part 'rolout'"),
         (["--out", str(Path(__file__) / "x.json")], "give the path of a file"),
         (["--backbone", "configs/llm/none.yaml"], "none.yaml does not exist"),
         (["--config", str(ROOT / "configs" / "baselines" / "viewport_prediction_gru.yaml")], "unknown key"),

@@ -50,6 +50,7 @@ class AdaptiveBitrate(DecisionTask):
 
     monitor = "val/qoe"
     monitor_mode = "max"
+    published_overlay = "configs/overlays/adaptive_bitrate/published_tokens.yaml"
 
     def __init__(
         self,
