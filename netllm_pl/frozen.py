@@ -4,6 +4,8 @@ Shapes: B batch.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -163,13 +165,30 @@ class Predictor:
             self.task = ref(task)  # `_PREDICTORS` would else keep what it is the key of
             self.model, self.merged = frozen_copy(task.backbone), merged_of(task.backbone)
             self.places = Places(task)
+        self.around: dict[str, Any] = {}
+        if capture and task.backbone.config.compile:
+            # Encoder and head are many small kernels, which together take as long as several layers.
+            self.around = {
+                "encode": torch.compile(self._encode, dynamic=False),
+                "answer": torch.compile(self._answer, dynamic=False),
+            }
         self.run = Captured(self._predict, capture)
 
     def _predict(self) -> Any:
         task = self.task()
         assert task is not None and task.backbone is not None
-        with task.backbone.replaced(self.model):
+        with task.backbone.replaced(self.model), _own_methods(task, self.around):
             return task(self.batch)
+
+    def _encode(self, batch: Batch) -> Any:
+        task = self.task()
+        assert task is not None
+        return type(task).encode(task, batch)
+
+    def _answer(self, hidden: Tensor, batch: Batch) -> Any:
+        task = self.task()
+        assert task is not None
+        return type(task).answer(task, hidden, batch)
 
     def __call__(self, batch: Batch) -> Any:
         """Predict a batch of the shape of the first one; the result is the caller's."""
@@ -180,6 +199,17 @@ class Predictor:
             for name, place in self.batch.items():
                 place.copy_(batch[name], non_blocking=True)
             return each_tensor(self.run(), partial(torch.clone))
+
+
+@contextmanager
+def _own_methods(task: "NetTask", methods: dict[str, Any]) -> Iterator[None]:
+    """Let a task have other methods for a while."""
+    task.__dict__.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del task.__dict__[name]
 
 
 _PREDICTORS: "WeakKeyDictionary[NetTask, dict[Any, int | Predictor]]" = WeakKeyDictionary()

@@ -1,6 +1,8 @@
 """Compiled layers, merged adapters, captured predictions: the same numbers, and nothing is compiled again in a run."""
 
+import gc
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from netllm_pl import cpu_decoder
+from netllm_pl import cpu_decoder, frozen
 from netllm_pl import task as task_module
 from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
-from netllm_pl.graphs import Places
+from netllm_pl.graphs import Captured, Places
 from netllm_pl.joined import Part
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import rollout
@@ -252,3 +254,25 @@ def test_captured_predictions_are_the_same(settings: dict[str, Any]) -> None:
 def batch(seed: int = 0) -> Batch:
     walk: Tensor = torch.randn(3, 10, 3, generator=torch.Generator().manual_seed(seed)).cumsum(1) * 5
     return {"history": walk}
+
+
+def test_encoder_and_head_are_compiled_around_the_language_model(
+    compiled: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two graphs without breaks, for any number of predictions; the task is not kept alive by them."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **given: plain(function, **{"backend": "eager"} | given))
+    monkeypatch.setattr(frozen, "compile_layers", lambda model, dynamic: None)
+    monkeypatch.setattr(frozen, "Captured", lambda function, capture: Captured(function, False))
+    task = ViewportPrediction(tiny_backbone(compile=True), width=16).eval()
+    batches = [{"history": torch.randn(1, 10, 3).cumsum(1)} for _ in range(3)]
+    with torch.inference_mode():
+        predictor = Predictor(task, batches[0], capture=True)
+        for batch in batches:
+            torch.testing.assert_close(predictor(batch), task(batch), rtol=1e-5, atol=1e-5)
+    assert graphs(compiled) == 2 and "encode" not in vars(task)
+    frozen._PREDICTORS[task] = {"shape": predictor}
+    gone = weakref.ref(task)
+    del task, predictor
+    gc.collect()
+    assert gone() is None
