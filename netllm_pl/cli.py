@@ -26,6 +26,7 @@ compare, collect and take away
   compare    one table and one picture of several runs
   collect    run policies in a task's simulator and write an experience pool, or convert a published one
   benchmark  measure training, decisions and simulators beside what the machine can do
+  study      answer a question that takes many runs, such as the paper's tables: train, evaluate, report
   export     write a checkpoint as a PEFT adapter folder, encoder and head
   fetch      bring a public data set or the small default language model
 
@@ -47,7 +48,7 @@ def _own(command: str, args: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     **dict.fromkeys(("fit", "validate", "test", "predict"), _lightning),
-    **dict.fromkeys(("evaluate", "compare", "collect", "benchmark", "export", "fetch"), _own),
+    **dict.fromkeys(("evaluate", "compare", "collect", "benchmark", "study", "export", "fetch"), _own),
 }
 
 

@@ -26,7 +26,7 @@ def evaluate(args: list[str]) -> None:
     from netllm_pl.evaluate import check, merge_shards, run, run_shard
     from netllm_pl.parts import Shard
 
-    parser = _task_parser("evaluate", evaluate.__doc__)
+    parser = task_parser("evaluate", evaluate.__doc__)
     parser.add_argument("--policies", type=str, help="baselines and checkpoints, separated by commas", required=True)
     parser.add_argument(
         "--out", type=Path, default=Path("results"), help="folder for the results; a new one in it if it holds some"
@@ -57,7 +57,7 @@ def collect(args: list[str]) -> None:
     from netllm_pl import side_by_side
     from netllm_pl.pool_format import refuse_existing
 
-    parser = _task_parser("collect", collect.__doc__)
+    parser = task_parser("collect", collect.__doc__)
     parser.add_argument("--policy", type=str | None, default=None, help="NAME[:SHARE],...: who acts, and how often")
     parser.add_argument("--episodes", type=int, default=1000, help="how many to run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pool; it must not exist")
@@ -99,7 +99,7 @@ def benchmark(args: list[str]) -> None:
     from netllm_pl.run import prepare
     from netllm_pl.sources import read_sources
 
-    parser = _task_parser("benchmark", benchmark.__doc__, runs_model=True)
+    parser = task_parser("benchmark", benchmark.__doc__, runs_model=True)
     parser.add_argument(
         "--backbone", type=str | None, default=None,
         help="a file such as configs/llm/smollm2_135m.yaml in place of the config's: --model.init_args.backbone",
@@ -165,6 +165,35 @@ def compare(args: list[str]) -> None:
     write(config.runs, config.out)
 
 
+def study(args: list[str]) -> None:
+    """Answer a question that takes many runs: train, evaluate, and write a report; finished runs are not repeated."""
+    parser = _parser("study", study.__doc__)
+    parser.add_argument("name", type=str, help="a study in configs/study, or the path of such a file")
+    parser.add_argument("--run_dir", type=Path | None, default=None, help="folder of its runs; null is runs/study/NAME")
+    parser.add_argument(
+        "--out", type=Path | None, default=None,
+        help="folder of the report; null is docs/results, and for --quick and --generated that of the runs",
+    )  # fmt: skip
+    parser.add_argument("--parts", type=str | None, default=None, help="only these parts, separated by commas")
+    parser.add_argument(
+        "--trained", type=str | None, default=None,
+        help="RUN=PATH,...: folders or checkpoints of runs that are trained already; {seed} in a PATH is the seed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int | None, default=None,
+        help="commands side by side, in processes of their own; 0 runs them in this one; null is 1, with --quick 0",
+    )  # fmt: skip
+    parser.add_argument("--generated", action="store_true", help="on generated data in place of real ones")
+    parser.add_argument("--quick", action="store_true", help="small sizes, on generated data: only shows that it runs")
+    parser.add_argument("--data_dir", type=str | None, default=None, help="where data sets lie; or NETLLM_DATA")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the report of what is there")
+    parser.add_argument("--list", action="store_true", help="run nothing; print the commands that are not done yet")
+    config = parser.read(args)
+    from netllm_pl.study.main import Options, run
+
+    run(Options(**{name: value for name, value in config.as_dict().items() if not name.startswith("__")}))
+
+
 def export(args: list[str]) -> None:
     """Write a checkpoint as a folder to take away: PEFT adapter, encoder_head.safetensors, config.yaml."""
     parser = _parser("export", export.__doc__)
@@ -188,7 +217,7 @@ def fetch(args: list[str]) -> None:
     print(f"{config.name} is at {fetching.fetch(config.name, config.data_dir, config.url)}")
 
 
-def _task_parser(name: str, description: str | None, runs_model: bool = False) -> Parser:
+def task_parser(name: str, description: str | None, runs_model: bool = False) -> Parser:
     """Parser of a command that takes a task's config and uses its data, and its model if it runs that."""
     from netllm_pl.data import NetDataModule
     from netllm_pl.discovery import discover

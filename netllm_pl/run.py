@@ -253,6 +253,9 @@ class CLI(LightningCLI):
         """Say where everything is and compare the best checkpoint with the baselines on the test split."""
         if self._get(self.config, "trainer").fast_dev_run or not self.trainer.global_step:
             return
+        if self._get(self.config, "trainer").limit_test_batches == 0:  # no test is wanted
+            say(f"run folder: {self.run_dir}")
+            return
         # A run that ends before its first validation has no best checkpoint, and one may be told to write none at all.
         best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
         if is_sharded(self.model) and best is not None:
