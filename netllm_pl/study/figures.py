@@ -104,7 +104,9 @@ def _spread(kind: str, shown: Sequence[str], look: Look, label: Look) -> Callabl
             distribution(axes, {_called(name, label): values for name, values in samples.items()}, told.main.name)
             axes.legend(fontsize=6)
             return
-        drawn = axes.boxplot(list(samples.values()), vert=False, showfliers=False, showmeans=True, patch_artist=True)
+        drawn = axes.boxplot(
+            list(samples.values()), orientation="horizontal", showfliers=False, showmeans=True, patch_artist=True
+        )
         for box, name in zip(drawn["boxes"], samples, strict=True):
             box.set_facecolor(look[name])
         axes.set_yticks(range(1, len(samples) + 1), [_called(name, label) for name in samples], fontsize=7)

@@ -10,7 +10,7 @@ from netllm_pl.study.plan import OVERLAYS, Plan, find, read
 from netllm_pl.study.runner import Runner
 
 RESULTS = Path("docs/results")
-QUICK = "Quick sizes: this shows that the study runs, and says nothing about the question."
+QUICK = "Quick: a few steps, and tiny random layers for language models; shows that the study runs, and nothing else."
 GENERATED = "On generated data: this says nothing about real ones."
 
 

@@ -20,8 +20,8 @@ BENCHMARKED = {
     "trained weights": "model.trained_parameters",
     "samples/s": "training.samples_per_s",
     "peak memory, GB": "training.peak_memory_gb",
-    "one prediction, ms": "predictions.single.median_ms",
-    "one decision, ms": "decisions.streaming.median_ms",
+    "one prediction, ms": "prediction.single.median_ms",
+    "one decision, ms": "decision.streaming.median_ms",
 }
 """Numbers of `benchmark` in a study's report, as far as a file has them."""
 
@@ -120,7 +120,7 @@ def _tables(plan: Plan, part: Part, found: Mapping[str, Found]) -> list[str]:
         f"episodes], and by how much {named} is better, paired. Episodes: {count}."
     )
     names = list(dict.fromkeys(name for told in found.values() for name in told.episodes))
-    lines = ["| | seeds | " + " | ".join(f"{s} | {named} better by" for s in found) + " |"]
+    lines = ["| | seeds | " + " | ".join(f"{s} | better by" for s in found) + " |"]
     lines.append("|---" * (2 + 2 * len(found)) + "|")
     for name in names:
         cells: list[str] = []
@@ -179,7 +179,9 @@ def _costs(plan: Plan, runs: Mapping[str, Sequence[Run]], spent: Mapping[str, fl
     parts += ["\n".join(lines)] if len(lines) > 2 else []
     files = measured(plan)
     if files:
-        columns = [key for key, place in BENCHMARKED.items() if any(_at(file, place) is not None for file in files.values())]
+        columns = [
+            key for key, place in BENCHMARKED.items() if any(_at(file, place) is not None for file in files.values())
+        ]
         lines = [f"| measured alone | device | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
         for name, file in files.items():
             numbers = " | ".join(_short(_at(file, BENCHMARKED[key])) for key in columns)

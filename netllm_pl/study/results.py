@@ -147,8 +147,6 @@ def _summary(told: dict[str, pd.DataFrame], metrics: Sequence[Metric], extra: Se
     return found.drop(columns=["paired_mean", "paired_low", "paired_high"])
 
 
-
-
 def seconds(home: Path) -> dict[str, float]:
     """How long each command took, by name of its job."""
     notes = {file.stem: json.loads(file.read_text()) for file in sorted((home / "jobs").glob("*.json"))}

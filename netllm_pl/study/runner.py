@@ -81,7 +81,9 @@ class Runner:
         self.home.mkdir(parents=True, exist_ok=True)
         with locked(self.home) as alone:
             if alone is False:
-                raise UserError(f"another process runs the study in {self.home}; wait for it, or give another --run_dir")
+                raise UserError(
+                    f"another process runs the study in {self.home}; wait for it, or give another --run_dir"
+                )
             open_jobs = self.open()
             self.total, self.done = len(open_jobs), 0
             if len(open_jobs) < len(self.jobs):
@@ -99,7 +101,8 @@ class Runner:
             record = self.record(name)
             changed = record is not None and record.words != list(job.words)
             if record is not None and changed and job.words[0] != "evaluate" and job.folder.exists():
-                then, now = (" ".join(a for a in one if a not in other) or "nothing" for one, other in _both(record, job))
+                pairs = ((record.words, job.words), (job.words, record.words))
+                then, now = (" ".join(word for word in one if word not in other) or "nothing" for one, other in pairs)
                 raise UserError(
                     f"{name} was made by another command ({then[:200]} there, {now[:200]} now); remove {job.folder} to "
                     "make it again, or give another --run_dir"
@@ -234,7 +237,3 @@ class Runner:
             one.process.wait()
             one.log.close()
             self._note(one.job, None, self._spent(one.job) + time.time() - one.began)
-
-
-def _both(record: Record, job: Job) -> list[tuple[Sequence[str], Sequence[str]]]:
-    return [(record.words, job.words), (job.words, record.words)]
