@@ -205,12 +205,27 @@ def load_failure(path: Path | str) -> tuple["NetTask", Any]:
     return task, checkpoint["batch"]
 
 
-def load_task(path: Path) -> "NetTask":
+def load_task(path: Path, device: torch.device | str = "cpu") -> "NetTask":
     """Load a task from a checkpoint or from the folder that `export` wrote, ready for prediction.
+
+    Args:
+        path: The checkpoint or folder.
+        device: Where it goes; large random weights are drawn there.
 
     Raises:
         UserError: if the path holds neither, or it belongs to frozen weights that this machine does not have.
     """
+    from netllm_pl.backbone import backbones_of
+    from netllm_pl.random_weights import put_off
+
+    with put_off():
+        task = _load(path)
+    for backbone in backbones_of(task):
+        backbone.draw(torch.device(device))
+    return task.to(device)
+
+
+def _load(path: Path) -> "NetTask":
     from netllm_pl.task import NetTask
 
     if path.is_dir():

@@ -233,7 +233,7 @@ class NetDataModule(pl.LightningDataModule, ABC):
         if path.exists() or path.suffix == ".ckpt":
             from netllm_pl.checkpoint import load_task
 
-            return load_task(path).to("cuda" if torch.cuda.is_available() else "cpu")
+            return load_task(path, "cuda" if torch.cuda.is_available() else "cpu")
         raise unknown("policy", name, self.baselines, "The path of a checkpoint or of an exported folder is one too.")
 
     def simulator(self, split: str, mode: str = "fixed") -> Environment:
