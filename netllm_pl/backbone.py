@@ -28,13 +28,17 @@ NAMED = ("smollm2-135m",)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "meta-llama/Llama-2-7b-hf": (
+    f"meta-llama/Llama-2-{name}-hf": (
         "llama",
         {
-            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": 32000,
+            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         },
-    ),
+    )
+    for name, hidden, inner, layers, heads, kv_heads in (
+        ("7b", 4096, 11008, 32, 32, 32), ("13b", 5120, 13824, 40, 40, 40), ("70b", 8192, 28672, 80, 64, 8),
+    )
 }  # fmt: skip
 """Architectures of models for which the hub wants a permission; with random weights they need neither."""
 
