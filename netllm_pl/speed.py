@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
@@ -90,7 +91,9 @@ def training(
     hook: RemovableHandle | None = None
     if task.backbone is not None:
         hook = task.backbone.register_forward_pre_hook(timer.count_tokens, with_kwargs=True)
+    gc.collect()  # earlier trainers refer to themselves, and to averages of weights
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     timer.start()
     try:
@@ -173,7 +176,8 @@ class Staying(SingleDeviceStrategy):
     """Trains on one GPU and leaves the model there: bringing a large one to the CPU and back takes seconds."""
 
     def teardown(self) -> None:
-        """End all but the model."""
+        """End all but the model, and let go of the optimiser's state."""
+        self.optimizers, self.lr_scheduler_configs = [], []
         self.precision_plugin.teardown()
         assert self.accelerator is not None
         self.accelerator.teardown()
