@@ -118,7 +118,7 @@ def _indices(trainer: Trainer, number: int) -> list[int]:
     if not isinstance(loader, Loader):
         return []
     order = copy.copy(loader.sampler)
-    order.start = 0  # a resumed epoch begins in its middle
+    order.begin = 0  # a resumed epoch begins in its middle
     return next((batch for place, batch in enumerate(order) if place == number), [])
 
 

@@ -8,18 +8,28 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from netllm_pl.data import NetDataModule
+from netllm_pl.processes import gathered
+
 
 class ExactResume(Callback):
     """Saves the states of all random generators in checkpoints and restores them before the next training batch.
 
     Together with a loader that knows its place (`netllm_pl.data.Loader`) the losses of a resumed run equal those of an
-    uninterrupted one.
+    uninterrupted one. Each of several processes draws numbers of its own in training. Another number of processes goes
+    on with the samples that are left, and with other random numbers.
     """
 
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of the first process, and under ``others`` those of the other ones."""
+        first, *others = gathered(self._states())
+        return {**first, "others": others}
+
+    @staticmethod
+    def _states() -> dict[str, Any]:
         """Return the states of torch, CUDA, numpy and Python generators."""
         name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         version, internal, gauss = random.getstate()
@@ -46,12 +56,25 @@ class ExactResume(Callback):
                 count["completed"] = count["processed"]
             batch["current"] = dict.fromkeys(batch["current"], 0)
             batch["is_last_batch"] = False
+        elif not batch["is_last_batch"]:
+            _count_in_own_batches(trainer, fit, batch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let each process draw numbers of its own: dropout and variations of other samples are other ones."""
+        if trainer.global_rank and self._pending is None:
+            _seed(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generators once."""
         if self._pending is None:
             return
         state, self._pending = self._pending, None
+        others, rank = state.get("others", []), trainer.global_rank
+        if rank:
+            if len(others) + 1 != trainer.world_size:
+                _seed(torch.initial_seed() + trainer.global_step * trainer.world_size + rank)
+                return
+            state = others[rank - 1]
         torch.set_rng_state(state["torch"].cpu())
         if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all([item.cpu() for item in state["cuda"]])
@@ -59,6 +82,22 @@ class ExactResume(Callback):
         np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
         version, internal, gauss = state["python"]
         random.setstate((version, tuple(internal), gauss))
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _count_in_own_batches(trainer: Trainer, fit: dict[str, Any], progress: dict[str, Any]) -> None:
+    """Let batches of an epoch that another number of processes has done, or of another size, count as those of now."""
+    loaders, data = fit["state_dict"].get("combined_loader", []), getattr(trainer, "datamodule", None)
+    if len(loaders) == 1 and "samples" in loaders[0] and isinstance(data, NetDataModule):
+        state, step = loaders[0], trainer.world_size * data.batch_size
+        last = max(1, state["size"] // step) - 1  # of an epoch that is not over a batch is left
+        more = min(state["samples"] // step, last) - progress["current"]["ready"]
+        progress["current"] = {name: count + more for name, count in progress["current"].items()}
 
 
 class SaveOften(ModelCheckpoint):

@@ -7,8 +7,12 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from netllm_pl.backbone import is_sharded
 from netllm_pl.data import NetDataModule
 from netllm_pl.errors import UserError
+from netllm_pl.evaluate import joined
+from netllm_pl.parts import Shard
+from netllm_pl.processes import gathered, rank, world
 from netllm_pl.rollout import Array, Observations, Policy
 from netllm_pl.timing import now
 
@@ -19,8 +23,8 @@ class RolloutEvaluation(Callback):
     The policy is the task's ``as_policy()``, which decides greedily; the episodes are those of the validation (or test)
     split, the same ones each time. In training the first validation plays, so that there is a best checkpoint from
     then on, and every n-th after it; whoever monitors the values sees the last ones at a validation between two. A
-    sanity check plays nothing. Every process plays the same episodes and logs the mean over processes, so all of them
-    agree on the best checkpoint.
+    sanity check plays nothing. Several processes share out the episodes, and all of them know the results; where each
+    has a part of the weights (`netllm_pl.sharded`), all play all episodes.
 
     Args:
         every_n: Play at every n-th validation.
@@ -84,11 +88,15 @@ class RolloutEvaluation(Callback):
             raise UserError("RolloutEvaluation needs a data module that knows the episodes; give the trainer one")
         policy = pl_module.as_policy()
         policy = Timed(policy) if hasattr(policy, "act") else policy
-        if self.keep and split == "valid":
-            self.kept = data.watch(policy)
-            frame = self.kept["episodes"]
+        watched = self.keep and split == "valid"
+        count = 1 if is_sharded(pl_module) else world()
+        if count == 1:
+            tables = data.watch(policy) if watched else {"episodes": data.episodes(policy, split=split)}
         else:
-            frame = data.episodes(policy, split=split)
+            tables = joined(gathered(data.share(policy, split, watched, Shard(rank() + 1, count))))
+        frame = tables["episodes"]
+        if watched:
+            self.kept = tables
         if isinstance(policy, Timed) and policy.decisions:
             self.decision_ms = 1000 * policy.seconds / policy.decisions
         means = {metric: float(frame[metric.column].mean()) for metric in data.metrics}

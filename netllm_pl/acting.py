@@ -19,6 +19,7 @@ from netllm_pl.data import Batch
 from netllm_pl.encoders import padded
 from netllm_pl.errors import UserError
 from netllm_pl.heads import IMPOSSIBLE
+from netllm_pl.processes import mean
 from netllm_pl.ragged import LENGTH, observed, real_of
 from netllm_pl.rollout import Array, Observations, Policy
 from netllm_pl.task import NetTask
@@ -92,10 +93,10 @@ class OfflineTask(ActingTask):
         """Loss over the real steps."""
         real = batch["mask"]
         if self.objective == "imitation":
-            return F.cross_entropy(prediction[real], batch["action"][real])
+            return mean(F.cross_entropy(prediction[real], batch["action"][real], reduction="none"))
         regrets, known = _regrets(batch)
         known = known & real.unsqueeze(-1)
-        return F.smooth_l1_loss(prediction[known], regrets[known], beta=HUBER)
+        return mean(F.smooth_l1_loss(prediction[known], regrets[known], beta=HUBER, reduction="none"))
 
     def build_metrics(self) -> MetricCollection:
         """``accuracy``: share of recorded actions that score best; ``regret``: lost by the best score's action."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from netllm_pl.errors import UserError, unknown
+from netllm_pl.parts import Shard
+from netllm_pl.processes import rank, world
 from netllm_pl.rollout import Environment, Rollout
 
 if TYPE_CHECKING:
@@ -43,52 +45,70 @@ class BatchedDataset(Protocol):
 class Batches(Sampler[list[int]]):
     """Batches of indices: shuffled by seed and epoch, shared out over processes, and able to start in the middle.
 
+    In training, the batches of all processes at a step are together a batch of one process, which is as many times as
+    large. In evaluation a process takes whole batches of those of one process, so that means over them are the same;
+    where there are fewer batches than processes, or all must have equally many, they are smaller.
+
     Args:
         size: Number of samples.
         batch_size: Samples in a batch, per process.
         shuffle: Draw a new order each epoch; then an incomplete last batch is dropped if there is a full one.
         seed: Seed of the order.
+        limit: Batches of an evaluation by all processes together; null takes all of them.
+        even: Whether processes must evaluate equally many batches, as they do where each has a part of the weights.
+
+    Attributes:
+        begin: Samples of this epoch's training order, of all processes, that are left out: they were trained on.
+        rank: Number of this process.
+        world: How many processes there are.
     """
 
-    def __init__(self, size: int, batch_size: int, shuffle: bool, seed: int) -> None:
-        self.size, self.batch_size, self.shuffle, self.seed = size, batch_size, shuffle, seed
+    def __init__(
+        self, size: int, batch_size: int, shuffle: bool, seed: int, limit: int | None = None, even: bool = False
+    ) -> None:
+        self.size, self.batch_size, self.shuffle, self.seed, self.even = size, batch_size, shuffle, seed, even
         self.epoch = 0
-        self.start = 0
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = torch.distributed.get_rank() if distributed else 0
-        self.world = torch.distributed.get_world_size() if distributed else 1
+        self.begin = 0
+        self.rank, self.world = rank(), world()
+        if limit is not None and not shuffle:
+            self.size = min(size, max(limit * batch_size, self.world))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; a new epoch starts at its first batch."""
         if epoch != self.epoch:
-            self.start = 0
+            self.begin = 0
         self.epoch = epoch
+
+    @property
+    def step(self) -> int:
+        """Samples of a training step of all processes."""
+        return self.world * self.batch_size
 
     def __len__(self) -> int:
         """Batches of one epoch, for one process."""
-        # Training takes equal shares, as its processes step together; evaluation takes every sample, in equally many
-        # batches, as the processes may each have a part of the weights.
-        share = self.size // self.world if self.shuffle else -(-self.size // self.world)
-        full = share // self.batch_size
-        return max(1, full) if self.shuffle else -(-share // self.batch_size)
+        return max(1, self.size // self.step) if self.shuffle else len(self._own_parts())
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the batches of this epoch that are left."""
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            begin = min(self.begin, self.size - self.world)
+            own = order[begin + self.rank :: self.world]
+            # What another number of processes has left of an epoch may be less than a whole batch.
+            for batch in range(max(1, (self.size - begin) // self.step)):
+                yield own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
         else:
-            order = torch.arange(self.size)
-        own, count = order[self.rank :: self.world], len(self)
-        if not self.shuffle and -(-len(own) // self.batch_size) < count:
-            if len(own) < count:
-                raise UserError(
-                    f"{self.size} samples cannot be evaluated by {self.world} processes in {count} batches each; "
-                    "set data.eval_batch_size to 2 or more, or take fewer processes"
-                )
-            yield from (part.tolist() for part in own.tensor_split(count)[self.start :])
-            return
-        for batch in range(self.start, count):
-            yield own[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield from map(list, self._own_parts())
+
+    def _own_parts(self) -> list[range]:
+        """Return the samples of the batches that this process evaluates."""
+        count = -(-self.size // self.batch_size)
+        if count < self.world or (self.even and count % self.world):
+            count = -(-count // self.world) * self.world
+            edges = [self.size * place // count for place in range(count + 1)]
+        else:
+            edges = [min(place * self.batch_size, self.size) for place in range(count + 1)]
+        return [range(edges[place], edges[place + 1]) for place in range(self.rank, count, self.world)]
 
 
 class Loader(DataLoader[Batch]):
@@ -96,6 +116,7 @@ class Loader(DataLoader[Batch]):
 
     sampler: Batches
     consumed = 0
+    """Samples of this epoch that all processes together have trained on."""
 
     @property
     def samples(self) -> BatchedDataset:
@@ -106,20 +127,30 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator can count what was really consumed
         """Yield the batches of this epoch that are left."""
-        self.consumed = self.sampler.start
+        self.consumed = self.sampler.begin
         for batch in super().__iter__():
-            self.consumed += 1
+            self.consumed += self.sampler.step
             yield batch
-        self.sampler.start = 0
+        self.sampler.begin = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches consumed in it."""
-        return {"epoch": self.sampler.epoch, "consumed": self.consumed}
+        """Epoch, and samples consumed in it by all processes: any number of them can go on, with batches of any size.
+
+        Returns:
+            ``epoch``, ``samples``, and of how many (``size``); ``over``, 1 if no batch of the epoch is left.
+        """
+        sampler = self.sampler
+        over = self.consumed >= len(sampler) * sampler.step
+        return {"epoch": sampler.epoch, "samples": self.consumed, "size": sampler.size, "over": int(over)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue behind the batches that were consumed."""
-        self.sampler.epoch = state["epoch"]
-        self.sampler.start = state["consumed"] if state["consumed"] < len(self.sampler) else 0
+        """Continue behind the samples that were consumed."""
+        sampler = self.sampler
+        sampler.epoch = state["epoch"]
+        if "samples" in state:
+            sampler.begin = 0 if state["over"] else state["samples"]
+        else:  # checkpoints of earlier versions count batches, of one process
+            sampler.begin = state["consumed"] * sampler.step if state["consumed"] < len(sampler) else 0
 
 
 class NetDataModule(pl.LightningDataModule, ABC):
@@ -214,6 +245,24 @@ class NetDataModule(pl.LightningDataModule, ABC):
         """
         return {"episodes": self.episodes(policy, "valid")}
 
+    def share(self, policy: Any, split: str, watched: bool, shard: Shard) -> "dict[str, pd.DataFrame]":
+        """Run a policy over one of equal shares of a split, for an evaluation by several processes.
+
+        A task whose split can be divided overrides this; of others the first share is all of it.
+
+        Args:
+            policy: The policy.
+            split: Whose episodes.
+            watched: Tell of the validation split what `watch` does, instead of ``episodes`` alone.
+            shard: Which share.
+
+        Returns:
+            The rows of this share; nothing if it is empty.
+        """
+        if shard.number > 1:
+            return {}
+        return self.watch(policy) if watched else {"episodes": self.episodes(policy, split)}
+
     def figures(self, watched: "dict[str, dict[str, pd.DataFrame]]") -> "dict[str, Figure]":
         """Draw what policies did on the validation split (see `netllm_pl.drawing`); by default nothing.
 
@@ -271,10 +320,12 @@ class NetDataModule(pl.LightningDataModule, ABC):
         data = self.dataset(split)
         if len(data) == 0:
             raise UserError(f"split '{split}' is empty; check the data's splits")
+        if len(data) < world():
+            raise UserError(f"split '{split}' has {len(data)} samples for {world()} processes; take fewer devices")
         size = self.batch_size if train else self.eval_batch_size
         return Loader(
             _Rows(data),
-            sampler=Batches(len(data), size, shuffle=train, seed=self.seed),
+            sampler=Batches(len(data), size, train, self.seed, self._limit(split), self._even()),
             batch_size=None,  # a sampler item is a whole batch: one vectorised gather
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -282,6 +333,19 @@ class NetDataModule(pl.LightningDataModule, ABC):
             worker_init_fn=_leave_interrupts_to_the_main_process if self.num_workers else None,
             generator=torch.Generator(),  # else each epoch's start draws from the global one, and a resumed run differs
         )
+
+    def _limit(self, split: str) -> int | None:
+        """Return how many batches the trainer evaluates, if it was told a number; Lightning means each process."""
+        name = {"valid": "limit_val_batches", "test": "limit_test_batches"}.get(split)
+        limit = None if self.trainer is None or name is None else getattr(self.trainer, name)
+        return limit if isinstance(limit, int) and limit else None
+
+    def _even(self) -> bool:
+        if world() == 1 or self.trainer is None:
+            return False
+        from netllm_pl.backbone import is_sharded  # imported late: data alone need no language model
+
+        return is_sharded(self.trainer.lightning_module)
 
     def train_dataloader(self) -> Loader:
         """Loader of the training split."""

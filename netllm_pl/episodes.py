@@ -15,6 +15,7 @@ from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import joined
 from netllm_pl.experience import Pool, Together, Windows, read_pool
+from netllm_pl.parts import Shard
 from netllm_pl.progress import progress
 from netllm_pl.recording import Experience, recorded
 from netllm_pl.rollout import Array, Policy, Rollout, acting, reseed, rollout
@@ -143,8 +144,25 @@ class DecisionData(NetDataModule):
         return self._batches(acting(policy), "test", steps, None, batches)
 
     def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
-        """Play the validation episodes, and tell of their steps too."""
-        return self._play(policy, "valid", steps=True)
+        """Play the validation episodes, and tell what `watching` lets the simulator tell."""
+        return self._play(policy, "valid", *self.watching())
+
+    def watching(self) -> tuple[bool, Any]:
+        """Say what `watch` plays: whether it tells of steps, and in which simulator; null is that of validation."""
+        return True, None
+
+    def share(self, policy: Any, split: str, watched: bool, shard: Shard) -> dict[str, pd.DataFrame]:
+        """Play a share of the episodes of a split, in batches that are smaller if there are more shares than batches.
+
+        A policy whose episodes depend on each other plays all of them in the first share.
+        """
+        steps, env = self.watching() if watched else (False, None)
+        count = len(self.numbers(split))
+        size = min(self.eval_batch_size, max(1, -(-count // shard.count)))
+        own = shard.of(-(-count // size))
+        if getattr(acting(policy), "sequential", False):
+            own = range(int(shard.number == 1))
+        return joined(tables for _, tables in self._batches(acting(policy), split, steps, env, own, size))
 
     def dataset(self, split: str) -> BatchedDataset:
         """Return windows of experience, or numbers of episodes."""
@@ -162,15 +180,22 @@ class DecisionData(NetDataModule):
         return joined(tables for _, tables in self._batches(acting(policy), split, steps, env))
 
     def _batches(
-        self, policy: Policy, split: str, steps: bool, env: Any, batches: range | None = None
+        self,
+        policy: Policy,
+        split: str,
+        steps: bool,
+        env: Any,
+        batches: range | None = None,
+        batch_size: int | None = None,
     ) -> Iterator[tuple[int, dict[str, pd.DataFrame]]]:
         numbers = self.numbers(split)
         env = self.simulator(split) if env is None else env
         env = self.logged(env) if steps else env
         # What is told of the episodes is told by the simulator, which knows those that it played last.
         sequential = getattr(policy, "sequential", False)
-        size = 1 if sequential else self.eval_batch_size
-        chosen = range(-(-len(numbers) // self.eval_batch_size)) if batches is None else batches
+        together = batch_size or self.eval_batch_size
+        size = 1 if sequential else together
+        chosen = range(-(-len(numbers) // together)) if batches is None else batches
         played = (range(len(numbers)) if 0 in chosen else range(0)) if sequential else chosen
         parts = [numbers[size * batch : size * (batch + 1)] for batch in played]
         told = []

@@ -26,6 +26,7 @@ from netllm_pl.data import Batch, BatchedDataset, Loader, NetDataModule
 from netllm_pl.discovery import find_class
 from netllm_pl.errors import UserError
 from netllm_pl.plain_yaml import load_yaml
+from netllm_pl.processes import averaged
 from netllm_pl.shared import share
 from netllm_pl.task import NetTask, OptimizerConfig
 
@@ -110,9 +111,9 @@ class MultiTask(NetTask):
             task = self.part(name)
             own = task.augment(own)
             losses.append(task.loss(task(own), own))
-            self.log(f"train/{name}/loss", losses[-1].detach())
+            self.log(f"train/{name}/loss", averaged(losses[-1].detach()))
         loss = torch.stack(losses).sum()
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", averaged(loss.detach()), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -19,6 +19,7 @@ from netllm_pl.backbone import Backbone, BackboneConfig
 from netllm_pl.checkpoint import add_identity, check_identity, trained_names
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
+from netllm_pl.processes import averaged
 
 
 class Prompt(NamedTuple):
@@ -143,7 +144,7 @@ class NetTask(pl.LightningModule, ABC):
         batch = self.augment(batch)
         prediction = self(batch)
         loss = self.loss(prediction, batch)
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", averaged(loss.detach()), prog_bar=True)
         self._update("train", each_tensor(prediction, Tensor.detach), batch)
         return loss
 

@@ -179,18 +179,18 @@ class JobSchedulingData(DecisionData):
         tables |= {"tasks": task_table(env, numbers)} if env.taped else {}
         return tables | ({"steps": step_table(played, env, numbers)} if steps else {})
 
-    def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
-        """Play the validation episodes, and tell also of every task of the first one: ``tasks``."""
+    def watching(self) -> tuple[bool, Simulator]:
+        """Let `watch` tell also of every task of the first episode: ``tasks``."""
         plain = self.simulator("valid")
-        env = Simulator(plain.workload, plain.rules, plain.first_seed, tape=True, adviser=plain.adviser)
-        return self._play(policy, "valid", steps=False, env=env)
+        return False, Simulator(plain.workload, plain.rules, plain.first_seed, tape=True, adviser=plain.adviser)
 
     def figures(self, watched: dict[str, dict[str, pd.DataFrame]]) -> "dict[str, Figure]":
         """Draw schedules of one episode, the jobs in the system over its time, and all completion times."""
         from tasks.job_scheduling.figures import draw_completion, draw_gantt, draw_load  # imported late: matplotlib
 
         jobs = {name: tables["jobs"] for name, tables in watched.items()}
-        schedules = draw_gantt({name: tables["tasks"] for name, tables in watched.items()})
+        first = {name: tables["tasks"] for name, tables in watched.items()}  # of each batch, or share of a process
+        schedules = draw_gantt({name: rows[rows["episode"] == rows["episode"].min()] for name, rows in first.items()})
         return {"schedule": schedules, "jobs_in_system": draw_load(jobs), "completion": draw_completion(jobs)}
 
     # Experience -------------------------------------------------------------------------------------------------------

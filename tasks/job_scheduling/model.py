@@ -17,6 +17,7 @@ from netllm_pl.encoders import ScalarEncoder, padded
 from netllm_pl.encoders.graph import GraphEncoder, Graphs, pack_graphs
 from netllm_pl.errors import UserError
 from netllm_pl.heads import IMPOSSIBLE, PointerHead
+from netllm_pl.processes import mean
 from netllm_pl.ragged import LENGTH, group_of, real_of
 
 COLUMNS = ("nodes", "extra", "edges", "job_nodes", "jobs", "caps", "stages", "limits", "committable", "advice")
@@ -256,27 +257,22 @@ def loss(scores: Scores, batch: Batch, objective: Objective) -> Tensor:
         target, known = _taken(scores, batch)
         grid = scores.grid.flatten(2)
         known = known & real & _reachable(grid.gather(-1, target[..., None])[..., 0])
-        return _mean(F.cross_entropy(grid[known], target[known], reduction="none"))
+        return mean(F.cross_entropy(grid[known], target[known], reduction="none"))
     values, known = known_values(batch)
     known = known & real[..., None] & (batch["advice"][..., :1] >= 0)
     known = known & _reachable(scores.tried) & _reachable(scores.tried[..., :1])
     gains = (values - values[..., :1]).clamp(-GAIN, GAIN)  # the first candidate is the advice
     found = SCALE * (scores.tried - scores.tried[..., :1])
-    errors = _mean(F.smooth_l1_loss(found[known], gains[known], beta=HUBER, reduction="none"))
+    errors = mean(F.smooth_l1_loss(found[known], gains[known], beta=HUBER, reduction="none"))
     wanted = (gains / TEMPERATURE).masked_fill(~known, IMPOSSIBLE).softmax(-1)
     drawn = (found / TEMPERATURE).masked_fill(~known, IMPOSSIBLE).log_softmax(-1)
     several = real & (known.sum(-1) > 1)
-    return errors - _mean((wanted * drawn.masked_fill(~known, 0.0)).sum(-1)[several])
+    return errors - mean((wanted * drawn.masked_fill(~known, 0.0)).sum(-1)[several])
 
 
 def _reachable(scores: Tensor) -> Tensor:
     """Which scores are those of stages that can be chosen."""
     return scores > UNREACHABLE / 2
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Mean of values (R,); 0 if there are none: a batch may hold no step with anything to learn."""
-    return values.sum() / max(1, len(values))
 
 
 def known_values(batch: Batch) -> tuple[Tensor, Tensor]:

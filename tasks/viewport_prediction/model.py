@@ -13,6 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
+from netllm_pl.processes import mean
 from netllm_pl.task import NetTask, OptimizerConfig
 
 ANGLES = ("roll", "pitch", "yaw")
@@ -152,7 +153,7 @@ class ViewportModel(NetTask):
         """Error on the circle over the steps that both have."""
         steps = min(prediction.shape[1], batch["future"].shape[1])
         error = wrap(prediction[:, :steps] - batch["future"][:, :steps])
-        return error.abs().mean() if self.objective == "l1" else error.square().mean()
+        return mean(error.abs() if self.objective == "l1" else error.square())
 
     def build_metrics(self) -> MetricCollection:
         """Mean absolute error overall and per angle, and root mean square error, in degrees."""
