@@ -2,11 +2,13 @@
 
 Matrix libraries are made for many tokens: for two of them they take several times as long. And frozen weights that were
 published in bfloat16 are kept as such, half as long to read, and widened on the way: no number differs from float32's.
-One thread does it all: it reads nearly as fast as several, and does not wait for others on a machine that is shared.
+They lie one behind the other in memory of large pages, from which they come twice as fast as from small ones. LoRA is
+not merged into them, which would make them float32. One thread does it all: it waits for no others on a shared machine.
 
 Shapes: N episodes side by side, Q new tokens of each, M = N Q, T places of keys and values.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,11 @@ from netllm_pl.backbone import Backbone
 from netllm_pl.cpu_layers import Floats, Weights, normalise, run_layer
 from netllm_pl.frozen import inner_model, merged_of
 
+LINEAR = (
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+)
+"""Linear layers of a layer, in the order in which `run_layer` takes them."""
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 MOST = 8
 """Rows (M) up to which this is clearly faster than matrix libraries are."""
@@ -30,33 +37,44 @@ class CpuDecoder:
     """The layers of a language model, with keys and values in fixed places as `netllm_pl.streaming.Stream` wants them.
 
     Args:
-        backbone: An architecture of `ARCHITECTURES`, on the CPU. LoRA is merged into the weights; they follow what it
-            learns when `netllm_pl.frozen.merged_of` is called.
+        backbone: An architecture of `ARCHITECTURES`, on the CPU. What its adapters learn counts at once; where LoRA is
+            merged into weights after all (`merges`), when `netllm_pl.frozen.merged_of` is called.
         episodes: N.
         size: T.
     """
 
     def __init__(self, backbone: Backbone, episodes: int, size: int) -> None:
-        model, merged = inner_model(backbone), merged_of(backbone)
+        model = inner_model(backbone)
         config = model.config
+        parts: dict[str, Any] = {
+            f"layers.{number}.{name}": model.get_submodule(f"layers.{number}.{name}")
+            for number in range(len(model.layers))
+            for name in LINEAR
+        }
+        self.merges = any(hasattr(part, "base_layer") and not _is_low_rank(part) for part in parts.values())
+        merged = merged_of(backbone).weights if self.merges else {}
+        _pack([getattr(part, "base_layer", part).weight for part in parts.values()])
         self.heads, self.width = config.num_attention_heads, model.layers[0].self_attn.head_dim
         self.rotary, self.norm = model.rotary_emb, model.norm
 
-        def linear(name: str) -> tuple[Weights, Floats]:
-            weight = merged.weights.get(name)
-            layer: Any = model.get_submodule(name)
-            layer = getattr(layer, "base_layer", layer)
+        def linear(name: str) -> tuple[Weights, Floats, Floats, Floats, np.float32]:
+            part = parts[name]
+            layer, update = getattr(part, "base_layer", part), (NO_MATRIX, NO_MATRIX, np.float32(0))
             bias = np.empty(0, np.float32) if layer.bias is None else _floats(layer.bias)
-            return (_packed(layer.weight) if weight is None else _plain(weight)), bias
+            if name in merged:
+                return (_plain(merged[name]), bias, *update)
+            if layer is not part:
+                (adapter,) = part.active_adapters
+                first, second = _floats(part.lora_A[adapter].weight), _floats(part.lora_B[adapter].weight)
+                update = first, second, np.float32(part.scaling[adapter])
+            return (_plain(_PACKED.get(layer.weight, layer.weight)), bias, *update)
 
         self.layers: list[tuple[Any, ...]] = []
         places = (episodes, config.num_key_value_heads, size, self.width)
         for number, layer in enumerate(model.layers):
             norms = _floats(layer.input_layernorm.weight), _floats(layer.post_attention_layernorm.weight)
-            attention = [linear(f"layers.{number}.self_attn.{part}_proj") for part in "qkvo"]
-            rest = [linear(f"layers.{number}.mlp.{part}_proj") for part in ("gate", "up", "down")]
             ring = np.zeros(places, np.float32), np.zeros(places, np.float32)
-            self.layers.append((*ring, *norms, *attention, *rest))
+            self.layers.append((*ring, *norms, *(linear(f"layers.{number}.{name}") for name in LINEAR)))
         self.epsilon = np.float32(config.rms_norm_eps)
         self.scaling = np.float32(model.layers[0].self_attn.scaling)
 
@@ -116,12 +134,40 @@ _PACKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Copies in bfloat16, one for all models that share a weight."""
 
 
-def _packed(weight: nn.Parameter) -> Weights:
-    """A frozen weight in the fewest bits that hold all of its numbers."""
-    if weight.dtype == torch.float32 and weight not in _PACKED:
-        short = weight.detach().bfloat16()
-        _PACKED[weight] = short if torch.equal(short.float(), weight.detach()) else weight.detach()
-    return _plain(_PACKED.get(weight, weight))
+NO_MATRIX: Floats = np.empty((0, 0), np.float32)
+LINE = 32
+"""Numbers of 16 bits in a line of the processor's cache."""
+
+
+def _pack(weights: Sequence[nn.Parameter]) -> None:
+    """Copy frozen float32 weights that bfloat16 holds without loss, one behind the other.
+
+    NumPy asks the system for large pages where an array has 4 MB or more; a copy of each weight alone has fewer.
+    """
+    new = [weight for weight in weights if weight.dtype == torch.float32 and weight not in _PACKED]
+    short = [(weight, weight.detach().bfloat16()) for weight in new]
+    short = [(weight, copy) for weight, copy in short if torch.equal(copy.float(), weight.detach())]
+    sizes = [-(-copy.numel() // LINE) * LINE for _, copy in short]
+    whole = torch.from_numpy(np.empty(sum(sizes), np.int16)).view(torch.bfloat16)
+    for (weight, copy), part in zip(short, whole.split(sizes), strict=True):
+        place = part[: copy.numel()].view(copy.shape)
+        _PACKED[weight] = place.copy_(copy)
+
+
+def _is_low_rank(layer: Any) -> bool:
+    """Whether an adapted layer is its base plus one scaled product of two float32 matrices, smaller than the base."""
+    adapters = list(getattr(layer, "active_adapters", ()))
+    if type(layer).__name__ != "Linear" or len(adapters) != 1 or adapters[0] not in layer.lora_A or layer.merged:
+        return False
+    first, second = layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
+    return (
+        type(layer.base_layer) is nn.Linear
+        and adapters[0] not in layer.lora_variant
+        and first.bias is None
+        and second.bias is None
+        and {first.weight.dtype, second.weight.dtype} == {torch.float32}
+        and 4 * (first.weight.numel() + second.weight.numel()) < 2 * layer.base_layer.weight.numel()
+    )
 
 
 def _plain(weight: Tensor) -> Weights:

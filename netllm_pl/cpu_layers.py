@@ -75,6 +75,19 @@ def _linear(rows: Floats, layer: tuple[Weights, Floats], out: Floats) -> None:
 
 
 @njit(fastmath=FAST, error_model="numpy")
+def _apply(rows: Floats, layer: tuple[Weights, Floats, Floats, Floats, np.float32], out: Floats) -> None:
+    """Apply a linear layer with its low-rank update, unless the matrices of that are empty."""
+    weight, bias, first, second, scale = layer
+    _linear(rows, (weight, bias), out)
+    if len(first):
+        none = np.empty(0, np.float32)
+        low, update = np.empty((len(rows), len(first)), np.float32), np.empty_like(out)
+        _linear(rows, (first, none), low)
+        _linear(low, (second, none), update)
+        out += scale * update
+
+
+@njit(fastmath=FAST, error_model="numpy")
 def normalise(rows: Floats, weight: Floats, epsilon: np.float32, out: Floats) -> None:
     """Divide rows by their root mean square."""
     size = rows.shape[1]
@@ -148,9 +161,9 @@ def run_layer(
         np.empty((count, len(k[0])), np.float32),
         np.empty((count, len(v[0])), np.float32),
     )
-    _linear(normal, q, query)
-    _linear(normal, k, key)
-    _linear(normal, v, value)
+    _apply(normal, q, query)
+    _apply(normal, k, key)
+    _apply(normal, v, value)
     _turn(query, cos, sin)
     _turn(key, cos, sin)
     new, width = len(slots), cos.shape[1]
@@ -161,15 +174,15 @@ def run_layer(
             values[m // new, group, slots[m % new]] = value[m, part]
     attended = np.empty_like(query)
     _attend(query, keys, values, mask, heads, scale, attended)
-    _linear(attended, o, normal)
+    _apply(attended, o, normal)
     rows += normal
     normalise(rows, second_norm, epsilon, normal)
     inner, other = np.empty((count, len(gate[0])), np.float32), np.empty((count, len(gate[0])), np.float32)
-    _linear(normal, gate, inner)
-    _linear(normal, up, other)
+    _apply(normal, gate, inner)
+    _apply(normal, up, other)
     one = np.float32(1)
     for m in range(count):
         for j in range(inner.shape[1]):
             inner[m, j] *= other[m, j] / (one + np.exp(-inner[m, j]))
-    _linear(inner, down, normal)
+    _apply(inner, down, normal)
     rows += normal

@@ -167,7 +167,8 @@ class Stream:
     def restart(self) -> None:
         """Begin new episodes, with what the adapters have learned since."""
         assert self.task.backbone is not None
-        merged_of(self.task.backbone)
+        if self.decoder is None or self.decoder.merges:
+            merged_of(self.task.backbone)
         self.ring.steps.fill_(-FAR)
 
     def scores(self, arrays: Observations) -> Any:

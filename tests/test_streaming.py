@@ -5,6 +5,7 @@ Shapes: N sessions, T steps, C choices.
 
 import gc
 from functools import cache
+from itertools import pairwise
 from typing import Any
 from weakref import ref
 
@@ -118,14 +119,17 @@ def test_few_episodes_take_the_layers_for_few_tokens_and_many_do_not() -> None:
 
 
 def test_weights_that_bfloat16_holds_are_kept_in_it_without_loss() -> None:
-    """Those of one frozen weight once; merged ones change and stay as they are, and so do others."""
+    """Those of one frozen weight once; others stay as they are."""
     task, other = make(context=5), make(context=5)
     published_weights(task)
     same(task)
     same(other)
     decoders: list[Any] = [streaming._STREAMS[made][0].decoder for made in (task, other)]
     stored = [{linear[0].dtype.name for linear in decoder.layers[0][4:]} for decoder in decoders]
-    assert stored == [{"uint16", "float32"}, {"float32"}], "q and v have LoRA"
+    assert stored == [{"uint16"}, {"float32"}], "LoRA is not merged, which would make float32 of q and v"
+    places = sorted(linear[0].ctypes.data for layer in decoders[0].layers for linear in layer[4:])
+    sizes = {linear[0].ctypes.data: linear[0].nbytes for layer in decoders[0].layers for linear in layer[4:]}
+    assert all(later - place == sizes[place] for place, later in pairwise(places)), "one behind the other"
     copies = len(cpu_decoder._PACKED)
     play(Static(task, False), [0])
     assert len(cpu_decoder._PACKED) == copies and len(streaming._STREAMS[task]) == 2
