@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.resume import SaveOften
 from netllm_pl.errors import Terminated
+from netllm_pl.progress import is_first
 
 SIGNALS = {
     signal.SIGINT: "stopping after this step or validation; press Ctrl-C again to stop at once",
@@ -100,7 +101,8 @@ class StopAndSave(SaveOften):
         if self._number is not None:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         self._number = number
-        print(SIGNALS[signal.Signals(number)], file=sys.stderr, flush=True)
+        if is_first():
+            print(SIGNALS[signal.Signals(number)], file=sys.stderr, flush=True)
 
     def _leave(self) -> None:
         for number, handler in self._before.items():

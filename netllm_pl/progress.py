@@ -38,7 +38,15 @@ def set_quiet(quiet: bool) -> None:
 
 def is_quiet() -> bool:
     """Whether to print nothing; of several processes of one run only the first prints."""
-    return _State.quiet or os.environ.get("LOCAL_RANK", "0") != "0"
+    return _State.quiet or not is_first()
+
+
+def is_first() -> bool:
+    """Whether this is the first process of a run, on all machines, as Lightning, torchrun or SLURM say it."""
+    for number in ("RANK", "SLURM_PROCID"):
+        if number in os.environ:
+            return os.environ[number] == "0"
+    return all(os.environ.get(number, "0") == "0" for number in ("NODE_RANK", "LOCAL_RANK"))
 
 
 def say(text: str) -> None:

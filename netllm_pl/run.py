@@ -28,6 +28,7 @@ from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkp
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import Terminated, UserError
+from netllm_pl.launch import end_with_parent
 from netllm_pl.metrics_file import MetricsFile
 from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
@@ -134,6 +135,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the run's folder, loggers and callbacks to the trainer."""
         config = self._get(self.config, "trainer")
+        end_with_parent()
         self.run_dir = self._folder(config)
         if self.subcommand == "fit" and not getattr(rank_zero_only, "rank", 0):
             claim(self.run_dir, self._get(self.config, "ckpt_path"))
@@ -200,6 +202,8 @@ class CLI(LightningCLI):
             self.trainer.fit(**arguments)
             finished = True
         except Stopped as stop:
+            if not self.trainer.is_global_zero:
+                raise SystemExit(0) from None  # a failure would have the first process killed, which tells how to go on
             kind = KeyboardInterrupt if stop.number == signal.SIGINT else Terminated
             raise kind(f"stopped at step {self.trainer.global_step}{self._how_to_resume()}") from None
         except Terminated:

@@ -48,10 +48,12 @@ def make_folder(root: Path, name: str) -> Path:
 
 def folder_of_run(task: type) -> Path:
     """Make the folder of a new run, below ``runs``; all processes of a run get the same one."""
-    first = os.environ.get(INHERITED)
-    if first is not None and os.environ.get("LOCAL_RANK", "0") != "0":
-        return Path(first)
-    folder = make_folder(Path("runs"), task_name(task))
+    from netllm_pl.launch import told_by_first
+
+    inherited = os.environ.get(INHERITED)
+    if inherited is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(inherited)
+    folder = Path(told_by_first(lambda: str(make_folder(Path("runs"), task_name(task)))))
     os.environ[INHERITED] = str(folder)
     return folder
 
