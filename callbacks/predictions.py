@@ -16,18 +16,20 @@ from torch import Tensor
 
 from netllm_pl.data import Batch, Loader
 from netllm_pl.paths import atomic
+from netllm_pl.processes import first_only
 from netllm_pl.rollout import Array
+from netllm_pl.run_folder import free_place
 
 
 class PredictionTable(BasePredictionWriter):
     """Writes predictions.parquet batch by batch, in the order of the data.
 
     Its columns are what the data set's ``identify(indices)`` says of the samples (else ``sample``, their numbers),
-    ``step`` for steps, and the answers under the task's ``answer_columns``. Each of several processes writes a
-    file of its own.
+    ``step`` for steps, and the answers under the task's ``answer_columns``. Several processes write a file each, which
+    the first one joins.
 
     Args:
-        folder: Where to write.
+        folder: Where to write; if it holds predictions, into a new folder in it, named by the time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,9 +43,10 @@ class PredictionTable(BasePredictionWriter):
         loader: Any = trainer.predict_dataloaders
         assert isinstance(loader, Loader)
         self._indices, self._data = list(loader.sampler), loader.samples
-        if trainer.world_size > 1:
-            self.path = self.folder / f"predictions-{trainer.global_rank}.parquet"
-        self._partial = self._open.enter_context(atomic(self.path))
+        self.folder = first_only(lambda: free_place(self.folder, self.path.name, "predict"))
+        self.path = self.folder / self.path.name
+        own = self.path if trainer.world_size == 1 else self._part(trainer.global_rank)
+        self._partial = self._open.enter_context(atomic(own))
 
     def write_on_batch_end(
         self,
@@ -67,6 +70,24 @@ class PredictionTable(BasePredictionWriter):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the file; only now it has its name."""
         self._open.close()
+        if trainer.world_size > 1:
+            trainer.strategy.barrier("predictions")
+            if trainer.is_global_zero:
+                self._join([self._part(rank) for rank in range(trainer.world_size)])
+
+    def _part(self, rank: int) -> Path:
+        return self.folder / f"predictions-{rank}.parquet"
+
+    def _join(self, parts: list[Path]) -> None:
+        """Put batches in the order of the data, where the processes took turns; remove the parts."""
+        with ExitStack() as stack:
+            files = [stack.enter_context(pq.ParquetFile(part)) for part in parts]
+            out = pq.ParquetWriter(stack.enter_context(atomic(self.path)), files[0].schema_arrow)
+            with out:
+                for place in range(sum(file.num_row_groups for file in files)):
+                    out.write_table(files[place % len(files)].read_row_group(place // len(files)))
+        for part in parts:
+            part.unlink()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing half-written."""

@@ -161,7 +161,7 @@ class CLI(LightningCLI):
             callbacks += [] if config.get("enable_checkpointing") is False else self._checkpoints()
             callbacks += watchers
         if self.subcommand == "predict":
-            callbacks.append(PredictionTable(free_place(self.run_dir, "predictions.parquet", "predict")))
+            callbacks.append(PredictionTable(self.run_dir))
         try:
             return super().instantiate_trainer(**(extra | {"callbacks": callbacks} | kwargs))
         except (ValueError, TypeError) as error:  # what Lightning refuses, such as an unknown accelerator
@@ -327,9 +327,7 @@ class CLI(LightningCLI):
         trainer: Any = self.trainer  # its callbacks are not declared
         for callback in trainer.callbacks:
             if isinstance(callback, PredictionTable) and self.trainer.is_global_zero:
-                print(
-                    f"wrote {callback.path if trainer.world_size == 1 else callback.folder / 'predictions-*.parquet'}"
-                )
+                print(f"wrote {callback.path}")
 
 
 class _SaveConfig(SaveConfigCallback):

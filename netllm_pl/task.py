@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from netllm_pl.backbone import Backbone, BackboneConfig
@@ -100,6 +100,8 @@ class NetTask(pl.LightningModule, ABC):
         self.split_metrics = nn.ModuleDict(
             {f"{split}_metrics": self.build_metrics().clone(prefix=prefix) for split, prefix in splits.items()}
         )
+        # Lightning's own mean over processes rounds the numbers of their samples.
+        self.split_losses = nn.ModuleDict({f"{split}_loss": MeanMetric() for split in ("valid", "test")})
 
     # What a task says -------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,10 @@ class NetTask(pl.LightningModule, ABC):
         prediction = self(batch)
         size = next(iter(batch.values())).shape[0]
         name = {"valid": "val", "test": "test"}[split]
-        self.log(f"{name}/loss", self.loss(prediction, batch), batch_size=size, sync_dist=True)
+        mean = self.split_losses[f"{split}_loss"]
+        assert isinstance(mean, MeanMetric)
+        mean.update(self.loss(prediction, batch), size)
+        self.log(f"{name}/loss", mean)
         self._update(split, prediction, batch)
 
     def _update(self, split: str, prediction: Any, batch: Batch) -> None:
