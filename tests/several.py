@@ -27,9 +27,7 @@ def in_processes(function: Callable[..., Any], folder: Path, *arguments: Any, co
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["netllm_pl.run", "tasks.adaptive_bitrate", "tasks.viewport_prediction"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     started = [
         context.Process(target=_rank, args=(function, folder, arguments, rank, count, port)) for rank in range(count)
@@ -47,6 +45,13 @@ def in_processes(function: Callable[..., Any], folder: Path, *arguments: Any, co
     codes = [process.exitcode for process in started]
     assert not failures and not any(codes), f"exit codes {codes}\n" + "\n".join(failures)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(count)]
+
+
+def free_port() -> int:
+    """Return the number of a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _rank(function: Callable[..., Any], folder: Path, arguments: Any, rank: int, count: int, port: int) -> None:

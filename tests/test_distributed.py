@@ -1,6 +1,10 @@
 """Several processes train, validate, predict and go on as one does; when one dies, all end."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from several import in_processes
+from several import free_port, in_processes
 
+from netllm_pl import launch
 from netllm_pl.cli import main
+from netllm_pl.errors import UserError
+from netllm_pl.progress import is_first
 from netllm_pl.run import CLI, prepare
 from netllm_pl.task import NetTask
 
@@ -59,6 +66,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 STEPS = 6
+NIGHTLY = pytest.mark.skipif(not os.environ.get("NETLLM_NIGHTLY"), reason="takes a while; set NETLLM_NIGHTLY=1")
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2")
 
 
@@ -114,7 +122,6 @@ def rank_of_two(folder: Path) -> dict[str, Any]:
     from netllm_pl import episodes
 
     os.environ["NETLLM_CACHE"] = str(folder / "cache")
-    os.chdir(folder)
     prepare()
     played, original = [0], episodes.rollout
 
@@ -131,7 +138,6 @@ def rank_of_two(folder: Path) -> dict[str, Any]:
     last = str(folder / "adaptive_bitrate" / "one_stopped" / "last.ckpt")
     main([*words(folder, "adaptive_bitrate", "fit", "one_then_two", *TWO), "--ckpt_path", last])
     stopped(folder, "adaptive_bitrate", "two_stopped", *TWO)
-    main([*words(folder, "viewport_prediction", "fit", None, *TWO), "--trainer.max_steps", "1"])
     return found
 
 
@@ -204,6 +210,137 @@ def test_another_number_of_processes_goes_on(
         np.testing.assert_allclose(losses, expected[-len(losses) :], rtol=1e-5)
 
 
-def test_all_processes_take_the_same_folder(ran: tuple[Path, list[dict[str, Any]]]) -> None:
-    (run,) = (ran[0] / "runs").iterdir()
-    assert run.name.startswith("viewport_prediction-") and (run / "last.ckpt").is_file()
+# Ends -----------------------------------------------------------------------------------------------------------------
+
+
+def started(folder: Path, name: str, *launcher: str, **environment: str) -> tuple[subprocess.Popen[str], Path]:
+    """Start a run of two processes that would train for hours; return it when it has a checkpoint."""
+    command = [*(launcher or (sys.executable,)), "-m", "netllm_pl"]
+    command += words(folder, "viewport_prediction", "fit", name, *TWO, "--trainer.max_steps", "100000")
+    command += ["--save_every", "1", "--figures", "false", "--costs", "false"]
+    inherited = {**os.environ, "NETLLM_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=folder, env=inherited | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    last, deadline = folder / "viewport_prediction" / name / "last.ckpt", time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process, last
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the other processes of a run."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def end_of(process: subprocess.Popen[str]) -> str:
+    """Wait until no process of a run is left, as all write to one pipe; return what they said."""
+    began = time.monotonic()
+    try:
+        return process.communicate(timeout=60)[1]
+    finally:
+        if time.monotonic() - began >= 60:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def config_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ends")
+    (folder / "viewport_prediction.yaml").write_text(yaml.safe_dump(config("viewport_prediction")))
+    return folder
+
+
+def test_a_terminated_run_of_two_processes_saves_once_and_stops(config_folder: Path) -> None:
+    """Only the first process is told; the other one learns of it, and neither has the other one killed."""
+    process, last = started(config_folder, "terminated")
+    process.terminate()
+    text = end_of(process)
+    assert process.returncode == 128 + signal.SIGTERM, text
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert text.count(f"stopped at step {step}; go on with\n") == 1 and text.count("stopping after this step") == 1
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "launcher"),
+    [
+        (False, False),
+        pytest.param(True, False, marks=NIGHTLY),
+        pytest.param(False, True, marks=NIGHTLY),
+        pytest.param(True, True, marks=NIGHTLY),
+    ],
+)
+def test_when_a_process_dies_all_end(first: bool, launcher: bool, config_folder: Path) -> None:
+    """Started by Lightning, or by torchrun."""
+    run = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1")
+    run += (f"--master_port={free_port()}",)
+    process, last = started(config_folder, f"killed-{first}-{launcher}", *(run if launcher else ()))
+    ranks = children(process) if launcher else [process.pid, *children(process)]
+    assert len(ranks) == 2 and last.exists()
+    os.kill(ranks[0 if first else 1], signal.SIGKILL)
+    text = end_of(process)
+    assert process.returncode, text
+    assert torch.load(last, weights_only=True)["global_step"] > 0
+
+
+@NIGHTLY
+def test_an_error_in_one_process_ends_all_with_its_message(config_folder: Path) -> None:
+    """Its windows cannot be read."""
+    (config_folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n"
+        "    from netllm_pl.task import NetTask\n"
+        "    def broken(self, batch, batch_idx):\n"
+        "        raise ValueError('the second process is broken')\n"
+        "    NetTask.training_step = broken\n"
+    )
+    process, last = started(config_folder, "broken", PYTHONPATH=f"{ROOT}:{config_folder}")
+    text = end_of(process)
+    assert process.returncode and not last.exists()
+    assert "error: ValueError: the second process is broken" in text
+
+
+def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    begin = "import subprocess, sys, time; from netllm_pl.launch import end_with_parent; end_with_parent(); "
+    child, parent = begin + "print(0, flush=True); time.sleep(60)", begin
+    parent += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"0\n"
+        process.kill()
+        began = time.monotonic()
+        assert process.stdout.read() == b"" and time.monotonic() - began < 20, "nobody writes any more"
+
+
+# Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def as_slurm(folder: Path) -> bool:
+    """Train in two nodes with a task each, as srun starts them; return whether this is the first."""
+    rank = os.environ["RANK"]
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+        del os.environ[name]
+    about = {"JOB_ID": 4711, "JOB_NAME": "job", "NTASKS": 2, "NTASKS_PER_NODE": 1, "NNODES": 2, "LOCALID": 0}
+    about |= {"PROCID": rank, "NODEID": rank, "NODELIST": "127.0.0.1", "JOB_NODELIST": "127.0.0.1"}
+    os.environ |= {f"SLURM_{name}": str(value) for name, value in about.items()}
+    os.environ["NETLLM_CACHE"] = str(folder / "cache")
+    os.chdir(folder)
+    more = ("--trainer.num_nodes", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "2")
+    main(words(folder, "viewport_prediction", "fit", None, *more, "--data.batch_size", "2"))
+    return is_first()
+
+
+def test_srun_starts_processes_of_one_run(config_folder: Path) -> None:
+    assert in_processes(as_slurm, config_folder / "ranks", config_folder) == [True, False]
+    (run,) = (config_folder / "runs").iterdir()
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 2 and (run / "summary.csv").is_file()
+
+
+def test_a_first_process_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "GROUP_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "test"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(launch, "WAIT_S", 1.0)
+    with pytest.raises(UserError, match=r"the processes do not find each other at 127\.0\.0\.1:\d+ .*give --run_dir"):
+        launch.told_by_first(lambda: "folder")
