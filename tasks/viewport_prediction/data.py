@@ -16,13 +16,14 @@ from netllm_pl.evaluate import Metric
 from netllm_pl.paths import data_root
 from netllm_pl.progress import progress
 from netllm_pl.task import NetTask
+from netllm_pl.timing import now
 from tasks.viewport_prediction.baselines import LinearRegression, Ridge, Static, Velocity, window_errors
 from tasks.viewport_prediction.model import ViewportModel, wrap
 from tasks.viewport_prediction.pictures import Pictures, read_pictures
 from tasks.viewport_prediction.splits import PUBLISHED_SPLITS, check_splits
 from tasks.viewport_prediction.synthetic import Synthetic, generate, synthetic_splits
 from tasks.viewport_prediction.traces import Traces, read_traces
-from tasks.viewport_prediction.windows import Windows, gather, make_windows
+from tasks.viewport_prediction.windows import Windows, disturbed, gather, make_windows, some_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,6 +104,10 @@ class ViewportPredictionData(NetDataModule):
         pictures: Folder of pictures <video>/<seconds>.png; the generator makes its own.
         picture_offsets: Which pictures a window sees, in seconds relative to its last history sample.
         synthetic: The generator's settings.
+        share: Share of the training traces that is used, drawn by their names alone.
+        noise_deg: Standard deviation of noise on each angle of the histories that `evaluate` shows.
+        missing: Share of the samples of these histories that are lost: the one before is held.
+        timed: Let `evaluate` tell how long a prediction takes: column ``ms``, of a window, the same in all of a batch.
         batch_size: Windows in a training batch, per process.
         eval_batch_size: Windows in a validation or test batch.
         num_workers: Loader processes.
@@ -138,6 +143,10 @@ class ViewportPredictionData(NetDataModule):
         pictures: str | None = None,
         picture_offsets: tuple[float, ...] = (0.0,),
         synthetic: Synthetic = Synthetic(),  # noqa: B008  # frozen
+        share: float = 1.0,
+        noise_deg: float = 0.0,
+        missing: float = 0.0,
+        timed: bool = False,
         batch_size: int = 256,
         eval_batch_size: int = 512,
         num_workers: int = 0,
@@ -148,6 +157,12 @@ class ViewportPredictionData(NetDataModule):
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if not 0 < share <= 1 or not 0 <= missing < 1 or noise_deg < 0:
+            raise UserError(
+                f"data.share is {share} (above 0, up to 1), data.missing {missing} (from 0 to below 1), data.noise_deg "
+                f"{noise_deg} (0 or above)"
+            )
+        self.share, self.noise_deg, self.missing, self.timed = share, noise_deg, missing, timed
         self.source, self.data_dir, self.own_splits = dataset, data_dir, splits
         self.history, self.horizon = history, horizon
         self.step, self.train_step = step, train_step
@@ -209,6 +224,8 @@ class ViewportPredictionData(NetDataModule):
             self.trim_tail,
             split,
         )
+        if split == "train" and self.share < 1:
+            windows = some_of(windows, traces, self.share)
         return ViewportDataset(traces, windows, self.history, self.horizon, pictures, self.picture_offsets)
 
     def policy(self, name: str, split: str = "test") -> Any:
@@ -252,12 +269,16 @@ class ViewportPredictionData(NetDataModule):
         with progress("windows", sum(map(len, parts))) as advance:
             for batch, rows in zip(chosen, parts, strict=True):
                 windows = data[rows]
+                windows["history"] = disturbed(windows["history"], windows["window"], self.noise_deg, self.missing)
+                if self.timed and batch == chosen[0]:
+                    self._predict(policy, windows)  # the first one compiles and fills caches
+                began = now()
                 errors = window_errors(self._predict(policy, windows), windows["future"].numpy())
+                told = {"ms": np.full(len(rows), 1000 * (now() - began) / len(rows))} if self.timed else {}
+                told |= getattr(policy, "told", {})
                 advance(len(rows))
-                yield (
-                    batch + 1,
-                    pd.DataFrame({**data.identify(rows), "cluster": data.windows.trace[np.asarray(rows)], **errors}),
-                )
+                about = {**data.identify(rows), "cluster": data.windows.trace[np.asarray(rows)]}
+                yield batch + 1, pd.DataFrame({**about, **errors, **told})
 
     def watch(self, policy: Any) -> dict[str, pd.DataFrame]:
         """Predict some of the validation windows, spread over all of them.

@@ -6,6 +6,8 @@ Shapes: B batch, T history samples, H horizon samples; the last axis is (roll, p
 from abc import abstractmethod
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -116,6 +118,8 @@ class ViewportModel(NetTask):
         self.history, self.horizon = history, horizon
         self.objective, self.rotate, self.mirror, self.stretch = objective, rotate, mirror, stretch
         self.mirror_average = mirror_average
+        self.told: dict[str, npt.NDArray[np.float64]] = {}
+        """Columns (B,) about the last prediction, for episodes.parquet: such as whether it was valid."""
 
     @abstractmethod
     def extrapolate(self, batch: Batch) -> Tensor:

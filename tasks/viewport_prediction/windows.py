@@ -1,10 +1,14 @@
 """Windows over viewport traces: which samples a policy sees, and which it must predict."""
 
+import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from netllm_pl.errors import UserError
 from tasks.viewport_prediction.traces import Labels, Traces, label_order
@@ -106,6 +110,44 @@ def gather(
     first = traces.starts[windows.trace[pick]] + windows.t[pick]
     samples = traces.angles[first[:, None] + np.arange(-history, horizon)]
     return samples[:, :history], samples[:, history:]
+
+
+def some_of(windows: Windows, traces: Traces, share: float) -> Windows:
+    """Keep the windows of a share of the traces, one at least; a smaller share is part of a larger one.
+
+    Args:
+        windows: All windows.
+        traces: What they were cut from.
+        share: Above 0, up to 1.
+    """
+    known = np.unique(windows.trace)
+    names = [f"{traces.video[trace]}/{traces.user[trace]}" for trace in known]
+    order = sorted(range(len(known)), key=lambda k: hashlib.sha256(names[k].encode()).digest())
+    kept = np.isin(windows.trace, known[order[: max(1, math.ceil(share * len(known) - 1e-9))]])
+    return Windows(windows.trace[kept], windows.t[kept])
+
+
+def disturbed(history: Tensor, window: Tensor, noise_deg: float, missing: float) -> Tensor:
+    """Histories (B, T, 3) as a bad sensor or network tells them, the same for each window every time.
+
+    Args:
+        history: Degrees.
+        window: (B,) numbers of the windows, from which is drawn what happens to each.
+        noise_deg: Standard deviation of noise on each angle.
+        missing: Probability that a sample is lost; the one before is held, of the first ones the first that is there.
+    """
+    if not noise_deg and not missing:
+        return history
+    told = history.numpy().copy()
+    for row, number in enumerate(window.tolist()):
+        random = np.random.default_rng([number, 5])
+        told[row] += noise_deg * random.standard_normal(told[row].shape).astype(told.dtype)
+        there = random.random(len(told[row])) >= missing
+        if not there.any():
+            there[0] = True
+        last = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
+        told[row] = told[row][np.where(last < 0, there.argmax(), last)]
+    return torch.from_numpy((told + 180) % 360 - 180)
 
 
 def _mask(labels: Labels, wanted: Sequence[int | str] | None, where: str) -> NDArray[np.bool_]:

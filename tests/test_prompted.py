@@ -1,0 +1,120 @@
+"""The way with text: what is spelt is read again, answers are written as they would be one by one, mistakes are counted."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from netllm_pl.backbone import LoRA
+from netllm_pl.errors import UserError
+from netllm_pl.testing import tiny_backbone
+from netllm_pl.text import Characters
+from tasks.viewport_prediction import PromptedViewport, ViewportPredictionData
+from tasks.viewport_prediction.prompted import END, hopeful, parse, spelt
+from tasks.viewport_prediction.synthetic import Synthetic
+
+SAMPLES = [[-3, 10, 45], [0, -90, -180]]
+
+
+def test_what_is_spelt_is_read_again() -> None:
+    text = spelt(SAMPLES)
+    assert text == "-3,10,45;0,-90,-180;" and [list(sample) for sample in parse(text, 2)] == SAMPLES
+    characters = Characters()
+    assert characters.text(characters.ids("a" + text)) == text, "what it does not know is left out"
+    assert parse(text, 1) == [(-3, 10, 45)]
+    assert all(hopeful(text[:k], 2) for k in range(len(text))) and not hopeful(text, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [("1,2,3;4,5", 1), ("1,2;3,4,5;", 0), ("1,2,3;x,5,6;", 1), ("", 0), ("1,2,3; 4, 5, 6;", 2), ("1,2,3;1000,2,3;", 1)],
+)
+def test_answers_are_read_up_to_the_first_mistake(text: str, valid: int) -> None:
+    assert len(parse(text, 2)) == valid
+
+
+@pytest.mark.parametrize("text", ["1,2;", "1,2,3,", "The", "1,2,3;--", "1000", "1,2,3;\n"])
+def test_answers_that_cannot_become_valid_are_ended(text: str) -> None:
+    assert hopeful(text, 2) is (text == "1,2,3;\n")
+
+
+def task_of(**arguments: Any) -> PromptedViewport:
+    torch.manual_seed(0)
+    backbone = tiny_backbone(lora=LoRA(rank=4, targets="all-linear"))
+    return PromptedViewport(backbone, history=3, horizon=2, **arguments).eval()
+
+
+def batch_of(size: int = 4) -> dict[str, torch.Tensor]:
+    random = np.random.default_rng(1)
+    angles = torch.from_numpy(random.uniform(-40, 40, (size, 5, 3)).astype(np.float32))
+    return {"history": angles[:, :3], "future": angles[:, 3:], "window": torch.arange(size)}
+
+
+class Oracle(PromptedViewport):
+    """Says what it is told to, whatever it reads; a word that all rows have at the same time ends none too early."""
+
+    texts: tuple[str, ...] = ()
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores = torch.zeros(len(hidden), len(self.words))
+        for row, text in enumerate(self.left):
+            scores[row, self.tokenizer.ids(text[self.said] if self.said < len(text) else END)] = 1.0
+        self.said += 1
+        self.left = [text for text in self.left if hopeful(text[: self.said], self.horizon)]
+        return scores
+
+
+@pytest.mark.parametrize("representation", ["absolute", "relative"])
+def test_answers_become_predictions(representation: Any) -> None:
+    torch.manual_seed(0)
+    task = Oracle(tiny_backbone(), history=3, horizon=2, representation=representation).eval()
+    task.left, task.said = ["1,2,3;-4,5,6;", "7,8,9;,,,,", "\n\n;", "0,0,0;10,0,-20;"], 0
+    batch = batch_of()
+    last = batch["history"][:, -1]
+    start = last if representation == "relative" else torch.zeros_like(last)
+    own = torch.zeros_like(last) if representation == "relative" else last
+    found = task(batch)
+    expected = [[[1, 2, 3], [-4, 5, 6]], [[7, 8, 9]] * 2, [own[2].tolist()] * 2, [[0, 0, 0], [10, 0, -20]]]
+    torch.testing.assert_close(found, start[:, None] + torch.tensor(expected))
+    assert task.told["invalid"].tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_writing_in_a_batch_is_writing_one_by_one_without_a_cache() -> None:
+    task = task_of()
+    prompts = [task.tokenizer.ids(text) for text in ("1,2,3;", "-10,20,30;4,5,6;", "7,7,7;")]
+    with torch.inference_mode():
+        together = task._write(prompts)
+        for prompt, written in zip(prompts, together, strict=True):
+            text, ids = "", list(prompt)
+            while len(text) < len(written):
+                row = torch.tensor([ids])
+                word = int(task._scores(task._run(row, torch.ones_like(row, dtype=torch.bool))[:, -1]).argmax())
+                ids.append(word)
+                text += task.tokenizer.text([word])
+            assert text == written and not hopeful(text, 2)
+
+
+def test_what_is_taught_are_the_words_of_the_answer_alone() -> None:
+    task = task_of(representation="relative").train()
+    batch = batch_of(2)
+    batch["history"], batch["future"] = batch["history"].round(), batch["future"].round()
+    taught = task(batch)
+    last = batch["history"][:, -1:]
+    answers = [spelt((one - own).long().tolist()) + END for one, own in zip(batch["future"], last, strict=True)]
+    assert task.tokenizer.text(taught.wanted.tolist()) == "".join(answers)
+    assert taught.scores.shape == (len("".join(answers)), len(task.words))
+
+
+def test_evaluation_tells_of_invalid_answers_and_time() -> None:
+    data = ViewportPredictionData(
+        synthetic=Synthetic(videos=3, users=4, seconds=30, picture_height=8, picture_width=16), timed=True, step=40
+    )
+    frame = data.episodes(task_of())
+    assert frame["invalid"].isin([0.0, 1.0]).all() and (frame["ms"] > 0).all()
+    assert "invalid" not in data.episodes(data.policy("static"))
+
+
+def test_an_encoder_cannot_write() -> None:
+    with pytest.raises(UserError, match="t5 sees later tokens; to write text it must be a causal model"):
+        PromptedViewport(tiny_backbone("t5"))
