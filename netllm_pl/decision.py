@@ -217,10 +217,11 @@ class LanguageModelPolicy:
     Args:
         task: The adapted language model.
         streaming: Run new tokens only, with the earlier ones in a key/value cache.
+        draw: Draw actions from the softmax of the scores, whatever the task says.
     """
 
-    def __init__(self, task: DecisionTask, streaming: bool = True) -> None:
-        self.task, self.streaming = task, streaming
+    def __init__(self, task: DecisionTask, streaming: bool = True, draw: bool = False) -> None:
+        self.task, self.streaming, self.draw = task, streaming, draw or task.sample
         self.reseed(0)
 
     def reseed(self, number: int) -> None:
@@ -297,4 +298,4 @@ class LanguageModelPolicy:
 
     def _choose(self, scores: Any, batch: Batch) -> Tensor:
         """Actions (N, 1, ...) of the last step."""
-        return self.task.choose(scores, batch, self.generator if self.task.sample else None)
+        return self.task.choose(scores, batch, self.generator if self.draw else None)

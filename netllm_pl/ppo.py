@@ -5,7 +5,7 @@ Shapes: N episodes side by side, T steps of an episode, R steps of all episodes 
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,16 @@ class PlayingTask(ActingTask):
         entropy: Weight of the policy's entropy at the start and at the end of training; it falls geometrically.
     """
 
-    answer_columns = ("reward",)
+    answer_columns: ClassVar[tuple[str, ...]] = ("reward",)
 
     def __init__(
         self, optimizer: OptimizerConfig, epochs: int, minibatches: int, clip: float, entropy: tuple[float, float]
     ) -> None:
         super().__init__(None, optimizer)
+        self.plays(epochs, minibatches, clip, entropy)
+
+    def plays(self, epochs: int, minibatches: int, clip: float, entropy: tuple[float, float]) -> None:
+        """Note how to learn; for tasks that are built in another way, arguments as above."""
         if min(epochs, minibatches) < 1 or min(entropy) <= 0:
             raise UserError(
                 f"{type(self).__name__}: epochs is {epochs}, minibatches {minibatches} (at least 1), entropy "
@@ -53,7 +57,13 @@ class PlayingTask(ActingTask):
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
-        """Play the episodes of a batch, validation or test; return the mean reward of a step of each (N,)."""
+        """Play the episodes of a batch, validation or test; return the mean reward of a step of each (N,).
+
+        A task with a language model is asked for its scores, too, for steps that were played.
+        """
+        if "session" not in batch and self.backbone is not None:
+            scores: Tensor = super().forward(batch)
+            return scores
         split = "valid" if self.trainer.validating or self.trainer.sanity_checking else "test"
         played = rollout(self.environment(split), self.as_policy(), self.sessions(batch))
         return torch.from_numpy(played.returns / played.alive.sum(0)).float().to(self.device)

@@ -1,4 +1,4 @@
-"""The way with text: what is spelt is read again, answers are written as they would be one by one, mistakes are counted."""
+"""Viewports as text: what is spelt is read again, batches write what single rows do, mistakes are counted."""
 
 from typing import Any
 

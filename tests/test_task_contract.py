@@ -61,6 +61,9 @@ SMALL: dict[str, Callable[[], NetDataModule]] = {
     "Pensieve": lambda: AdaptiveBitrateData(
         synthetic=SyntheticTraces(traces=3, duration_s=60), experience=None, rules=Rules(chunks=6), batch_size=2
     ),
+    "OnlineBitrate": lambda: AdaptiveBitrateData(
+        synthetic=SyntheticTraces(traces=3, duration_s=60), experience=None, rules=Rules(chunks=6), batch_size=2
+    ),
     "JobSchedulingData": lambda: scheduling(
         Experience(policies="srpt_fair,fair", episodes=2, eval_episodes=1, values="lookahead")
     ),

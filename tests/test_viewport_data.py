@@ -9,15 +9,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from netllm_pl.errors import UserError
+from tasks.viewport_prediction import ViewportPredictionData
 from tasks.viewport_prediction.baselines import Ridge, Static, circular_error, future_relative, unwrap_relative, wrap
 from tasks.viewport_prediction.scenes import MIN_GAP, make_scenes, pixel_directions, render
 from tasks.viewport_prediction.splits import PUBLISHED_SPLITS, check_splits
 from tasks.viewport_prediction.synthetic import Synthetic, generate, synthetic_splits
 from tasks.viewport_prediction.traces import Traces, read_traces, write_traces
 from tasks.viewport_prediction.viewers import DISTRACTED, REACTION
-from tasks.viewport_prediction.windows import gather, make_windows
+from tasks.viewport_prediction.windows import disturbed, gather, make_windows
 
 SMALL = Synthetic(videos=4, users=4, seconds=20.0, picture_height=16, picture_width=32)
 
@@ -226,6 +228,35 @@ def test_published_window_counts(data_dir: Path, name: str) -> None:
             windows = [make_windows(traces, **splits[s], history=history, horizon=horizon, step=15, trim_head=30,
                                     trim_tail=trim_tail) for s in ("train", "valid", "test")]  # fmt: skip
             assert tuple(map(len, windows)) == COUNTS[name, trim_tail]
+
+
+def test_a_share_of_the_training_traces_is_part_of_a_larger_one() -> None:
+    generator = Synthetic(videos=4, users=8, seconds=20)
+    data = {share: ViewportPredictionData(synthetic=generator, share=share) for share in (1.0, 0.5, 0.25, 0.01)}
+    kept = {share: set(one.dataset("train").windows.trace.tolist()) for share, one in data.items()}
+    assert kept[0.01] < kept[0.25] < kept[0.5] < kept[1.0] and len(kept[0.01]) == 1
+    assert len(kept[0.5]) == -(-len(kept[1.0]) // 2)
+    assert len(data[0.01].dataset("test")) == len(data[1.0].dataset("test"))
+    with pytest.raises(UserError, match=r"data.share is 0"):
+        ViewportPredictionData(share=0.0)
+
+
+def test_noise_and_gaps_are_those_of_the_window_alone() -> None:
+    random = np.random.default_rng(0)
+    history = torch.from_numpy(random.uniform(-170, 170, (200, 10, 3)).astype(np.float32))
+    window = torch.arange(200)
+    assert disturbed(history, window, 0.0, 0.0) is history
+    noisy = disturbed(history, window, 2.0, 0.0)
+    assert float((noisy - history).std()) == pytest.approx(2.0, rel=0.05)
+    assert torch.equal(noisy[50:60], disturbed(history[50:60], window[50:60], 2.0, 0.0))
+    holed = disturbed(history, window, 0.0, 0.3)
+    same = (holed == history).all(-1)
+    assert float(same.float().mean()) == pytest.approx(0.7, abs=0.03)
+    held = torch.where(same[:, 1:], True, (holed[:, 1:] == holed[:, :-1]).all(-1))
+    assert held.all(), "a lost sample is the one before it"
+    first = same.int().argmax(1)
+    assert not same[:, 0].all() and torch.equal(holed[:, 0], history[window, first]), "there is none before the first"
+    assert float((disturbed(torch.full((1, 4, 3), 179.9), window[:1], 1.0, 0.0)).abs().max()) <= 180
 
 
 @pytest.mark.parametrize("seed", range(5))

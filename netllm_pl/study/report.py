@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from netllm_pl.compare import Run
 from netllm_pl.drawing import pixels
 from netllm_pl.paths import atomic
 from netllm_pl.progress import in_words
-from netllm_pl.study.figures import draw
+from netllm_pl.study.figures import clock, draw
 from netllm_pl.study.plan import Part, Plan
 from netllm_pl.study.results import Found, collect, measured, rows, seconds, trained
 from netllm_pl.timing import look_up
@@ -81,6 +82,8 @@ def _page(
             parts.append(f"![{study.labels.get(part, part)}]({pictures[part].name})")
         if told:
             parts += _tables(plan, plan.parts[part], told)
+        if "progress" in plan.parts[part].figures:
+            parts += _time_to_quality(plan, plan.parts[part], runs)
     parts += _costs(plan, runs, spent)
     kept = f"All numbers are in `{name}.csv`; runs, logs and episodes in `{plan.home}`."
     took = f"{len(spent)} commands, {in_words(sum(spent.values()))} in all if one after the other."
@@ -149,6 +152,43 @@ def _others(plan: Plan, found: Mapping[str, Found]) -> list[str]:
             lines.append(f"| {_called(plan, str(name))} | {' | '.join(_short(v) for v in row)} |")
         tables.append("\n".join(lines))
     return tables
+
+
+def _time_to_quality(plan: Plan, part: Part, runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """How long each training took to be as good in validation as the worst one at its best."""
+    own = {policy.run: policy.name for policy in plan.policies(part) if policy.run in runs}
+    curves: dict[str, list[tuple[Any, Any, float]]] = {}
+    for run, name in own.items():
+        for one in runs[run or ""]:
+            metric, more = one.monitored
+            ticks = clock(one)
+            if metric not in one.curves or ticks is None:
+                continue
+            shown = one.curves[["step", metric]].dropna()
+            share = one.curves.get("train/playing_share")
+            values = shown[metric].to_numpy() * (1 if more else -1)
+            playing = float("nan") if share is None else float(share.mean())
+            curves.setdefault(name, []).append((np.interp(shown["step"], *ticks), values, playing))
+    if len(curves) < 2:
+        return []
+    best = {name: float(np.median([values.max() for _, values, _ in seeds])) for name, seeds in curves.items()}
+    aim = min(values.max() for seeds in curves.values() for _, values, _ in seeds)
+    lines = [
+        "| training | best in validation | time until it is as good as the worst of them | time that playing took |"
+    ]
+    lines.append("|---|---|---|---|")
+    for name, seeds in curves.items():
+        took = [seconds[values >= aim][0] if (values >= aim).any() else math.inf for seconds, values, _ in seeds]
+        median, share = float(np.median(took)), float(np.mean([playing for _, _, playing in seeds]))
+        reached = in_words(median)
+        played = "" if math.isnan(share) else f"{100 * share:.0f} %"
+        lines.append(f"| {_called(plan, name)} | {_short(abs(best[name]))} | {reached} | {played} |")
+    lines.append("")
+    return [
+        "\n".join(
+            [*lines, "Medians over seeds; without validations, and without what recording experience took (below)."]
+        )
+    ]
 
 
 def _costs(plan: Plan, runs: Mapping[str, Sequence[Run]], spent: Mapping[str, float]) -> list[str]:

@@ -147,7 +147,7 @@ def disturbed(history: Tensor, window: Tensor, noise_deg: float, missing: float)
             there[0] = True
         last = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
         told[row] = told[row][np.where(last < 0, there.argmax(), last)]
-    return torch.from_numpy((told + 180) % 360 - 180)
+    return torch.from_numpy((told + 180) % 360 - 180 if noise_deg else told)
 
 
 def _mask(labels: Labels, wanted: Sequence[int | str] | None, where: str) -> NDArray[np.bool_]:

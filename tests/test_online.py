@@ -1,0 +1,73 @@
+"""Adapting a language model by playing: what is learned from is what was played, and it learns."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from netllm_pl.errors import UserError
+from netllm_pl.testing import tiny_backbone
+from tasks.adaptive_bitrate import AdaptiveBitrateData, OnlineBitrate
+from tasks.adaptive_bitrate.simulator import Rules
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces
+
+
+def data_of() -> AdaptiveBitrateData:
+    traces = SyntheticTraces(traces=3, duration_s=60)
+    return AdaptiveBitrateData(synthetic=traces, experience=None, rules=Rules(chunks=7), batch_size=2)
+
+
+def task_of(**arguments: Any) -> OnlineBitrate:
+    torch.manual_seed(0)
+    task = OnlineBitrate(tiny_backbone(), context=3, **{"group": 4, **arguments}).eval()
+    task._trainer = SimpleNamespace(datamodule=data_of(), global_step=5)  # type: ignore[assignment]
+    return task
+
+
+def test_drawn_actions_have_the_probabilities_that_are_learned_from() -> None:
+    task = task_of()
+    with torch.no_grad():
+        for weight in task.head.parameters():  # type: ignore[union-attr]  # else all actions are about as likely
+            weight.mul_(8)
+        played = task._play([1] * 150)
+        steps = task._steps(played)
+        chances, entropies = task._chances(steps)
+    assert chances.shape == entropies.shape == steps["mask"].shape == (600, 6)
+    expected = torch.softmax(task(steps), -1)[:, 0].mean(0).detach().numpy()  # all sessions begin alike
+    counts = np.bincount(played.actions[0], minlength=6) / 600
+    assert expected.max() - expected.min() > 0.1
+    np.testing.assert_allclose(counts, expected, atol=0.07)
+    logs = torch.log_softmax(task(steps), -1)
+    taken = torch.from_numpy(played.actions.T.copy())[..., None]
+    torch.testing.assert_close(chances, logs.gather(-1, taken)[..., 0].detach())
+
+
+def test_only_differences_within_a_group_count() -> None:
+    steps = task_of()._steps(task_of()._play([1, 2, 3]))
+    gains = steps["gain"].T.unflatten(1, (3, 4))
+    torch.testing.assert_close(gains.mean(2), torch.zeros(6, 3), atol=1e-5, rtol=0)
+    assert gains.std() == pytest.approx(1.0, abs=0.01)
+
+
+def test_it_learns_what_pays() -> None:
+    """Of two first levels the one that the reward favours becomes likelier."""
+    task = task_of(entropy=(1e-6, 1e-6))
+    steps = task._steps(task._play([1] * 20))
+    steps["gain"] = torch.where(steps["action"] == 2, 1.0, -1.0)
+    steps["chance"] = task._chances(steps)[0].detach()
+    before = float(task(steps).softmax(-1)[..., 2].mean())
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(10):
+        optimizer.zero_grad()
+        task._surrogate(steps, torch.arange(80), 0.0).backward()
+        optimizer.step()
+    assert float(task(steps).softmax(-1)[..., 2].mean()) > before + 0.05
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="group is 1; it must be at least 2"):
+        OnlineBitrate(tiny_backbone(), group=1)
+    with pytest.raises(UserError, match=r"set data\.experience to null"):
+        task_of().train().sessions({"level": torch.zeros(1)})
