@@ -173,7 +173,7 @@ def test_an_address_that_fails_names_the_cure(serve: Serve, tmp_path: Path) -> N
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"Did you mean 'jin2022'.*smollm2-135m, tpch, wu2017"):
+    with pytest.raises(UserError, match=r"Did you mean 'jin2022'.*smollm2-135m, smollm2-tokenizer, tpch, wu2017"):
         fetch("jin2202")
 
 

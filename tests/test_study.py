@@ -185,7 +185,7 @@ FAKE = """
 import sys, time, pathlib
 words = sys.argv[1:]
 place = pathlib.Path(words[words.index("--run_dir" if words[0] == "fit" else "--out") + 1])
-place.mkdir(parents=True)
+place.mkdir(parents=True, exist_ok=True)
 notes = pathlib.Path("notes")
 with notes.open("a") as file:
     file.write(f"begin {place.name}\\n")
@@ -226,6 +226,14 @@ def test_commands_run_side_by_side_behind_what_they_need(fake: Path) -> None:
     assert runner.run() == [] and (fake / "notes").read_text().splitlines() == notes
     record = runner.record("c")
     assert record is not None and record.seconds >= 0.3
+
+
+def test_what_is_measured_runs_alone(fake: Path) -> None:
+    runs = {"a": "benchmark", "b": "collect", "c": "collect", "d": "benchmark", "e": "fit"}
+    assert runner_of(fake, runs, 3).run() == []
+    notes = (fake / "notes").read_text().splitlines()
+    for place in (k for k, note in enumerate(notes) if note == "begin benchmark.json"):
+        assert notes[place + 1] == "end benchmark.json" and notes[:place].count("begin b") == notes[:place].count("end b")
 
 
 def test_sigterm_stops_all_commands(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

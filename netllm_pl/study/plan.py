@@ -57,6 +57,7 @@ class Part:
             (curve), and validations over the time of training (progress).
         shown: Policies in cdf and box; null takes all.
         extra: Columns of episodes.parquet to report beside the metrics, where a policy has them.
+        alone: Evaluate while nothing else runs, as times are measured.
         x: What the axis of curves is called; ``log`` in front of it makes it logarithmic.
         note: What a reader must know, such as a leak; it stands above the tables.
     """
@@ -68,6 +69,7 @@ class Part:
     figures: list[Figures] = field(default_factory=lambda: ["bars"])
     shown: list[str] | None = None
     extra: list[str] = field(default_factory=list)
+    alone: bool = False
     x: str = ""
     note: str = ""
 
@@ -108,12 +110,14 @@ class Job:
         words: The command line.
         needs: Jobs that must be done before.
         folder: Where its result lies.
+        alone: Whether nothing else may run beside it.
     """
 
     name: str
     words: tuple[str, ...]
     needs: tuple[str, ...]
     folder: Path
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,7 @@ class Plan:
             folder = self.place(name, setting, group)
             words = ("evaluate", *self.options(part, setting), "--policies", weights, "--out", str(folder))
             title = f"{name}/{setting}/{group}"
-            self.jobs[title] = Job(title, words, tuple(needs), folder)
+            self.jobs[title] = Job(title, words, tuple(needs), folder, part.alone)
 
     def _add(self, name: str) -> list[str]:
         """Add the jobs of a run, behind those that they need; return their names."""
@@ -322,7 +326,7 @@ class Plan:
             words = (kind, *shlex.split(text), *where[kind])
             if kind == "fit" and "limit_test_batches" not in text:
                 words += ("--trainer.limit_test_batches", "0")  # the study evaluates
-            self.jobs[title] = Job(title, words, tuple(needs), folder)
+            self.jobs[title] = Job(title, words, tuple(needs), folder, kind == "benchmark")
         return titles
 
     def _filled(self, text: str, name: str, seed: int | None, needs: list[str]) -> str:

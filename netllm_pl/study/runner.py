@@ -165,6 +165,8 @@ class Runner:
 
     @staticmethod
     def _blocked(job: Job, waiting: Mapping[str, Job], going: Sequence[_Going]) -> bool:
+        if going and (job.alone or any(one.job.alone for one in going)):
+            return True
         unfinished = {*waiting, *(one.job.name for one in going)}
         return any(need in unfinished for need in job.needs)
 
