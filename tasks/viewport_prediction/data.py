@@ -162,7 +162,7 @@ class ViewportPredictionData(NetDataModule):
                 f"data.share is {share} (above 0, up to 1), data.missing {missing} (from 0 to below 1), data.noise_deg "
                 f"{noise_deg} (0 or above)"
             )
-        self.share, self.noise_deg, self.missing, self.timed = share, noise_deg, missing, timed
+        self.train_share, self.noise_deg, self.missing, self.timed = share, noise_deg, missing, timed
         self.source, self.data_dir, self.own_splits = dataset, data_dir, splits
         self.history, self.horizon = history, horizon
         self.step, self.train_step = step, train_step
@@ -224,8 +224,8 @@ class ViewportPredictionData(NetDataModule):
             self.trim_tail,
             split,
         )
-        if split == "train" and self.share < 1:
-            windows = some_of(windows, traces, self.share)
+        if split == "train" and self.train_share < 1:
+            windows = some_of(windows, traces, self.train_share)
         return ViewportDataset(traces, windows, self.history, self.horizon, pictures, self.picture_offsets)
 
     def policy(self, name: str, split: str = "test") -> Any:
