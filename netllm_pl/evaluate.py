@@ -16,6 +16,7 @@ from rich.text import Text
 from netllm_pl import __version__, parts
 from netllm_pl.bootstrap import Metric, compare_pairs, summarise
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import read_table
 from netllm_pl.parts import Parts, Shard
 from netllm_pl.paths import atomic, weights_of
 from netllm_pl.progress import is_quiet, output, status
@@ -229,7 +230,9 @@ class _Work:
         """Join what was run now and what was kept, in the order of a run without interruption."""
         found = [(start, tables) for start, stop, tables in played if start < stop]
         for pieces, folder in self.parts.found():
-            read = {file.stem: pd.read_parquet(file) for file in sorted(folder.glob("*.parquet"))}
+            read = {
+                file.stem: read_table(file).to_pandas(use_threads=False) for file in sorted(folder.glob("*.parquet"))
+            }
             found.append((pieces.start, read))
         found.sort(key=lambda part: part[0])
         names = [self.policies[start // self.batches] for start, _ in found]

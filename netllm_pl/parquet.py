@@ -77,6 +77,15 @@ def footer(path: Path, columns: Sequence[str]) -> pq.FileMetaData:
     return found
 
 
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a file, or some columns of it, in the calling thread alone.
+
+    Where memory is short, pyarrow waits for ever for threads that could not begin.
+    """
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        return file.read(None if columns is None else list(columns), use_threads=False)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one short line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

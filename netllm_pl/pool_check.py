@@ -11,10 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
-from netllm_pl.parquet import footer, whole_parquet
+from netllm_pl.parquet import footer, read_table, whole_parquet
 from netllm_pl.paths import atomic_folder, file_sha256
 from netllm_pl.pool_format import EPISODE_COLUMNS, FORMAT, MANIFEST, VERSION, Column, columns_of, schema
 from netllm_pl.pool_steps import StepsWriter
@@ -68,14 +67,14 @@ def read_episodes(folder: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
     file = folder / manifest["episode_table"]["file"]
     with whole_parquet(file):
         footer(file, list(EPISODE_COLUMNS))
-        episodes = pq.read_table(file)
+        episodes = read_table(file)
         if episodes.schema != pa.schema(EPISODE_COLUMNS) or len(episodes) != manifest["episodes"]:
             raise UserError(f"{file} is not the episode table of this pool; collect it anew")
         episodes.validate(full=True)
         told = [episodes[name] for name in EPISODE_COLUMNS]
         if any(column.null_count for column in told) or pc.min(episodes["steps"]).as_py() < 1:
             raise UserError(f"{file}: holds empty cells, or an episode without steps; collect the pool anew")
-        return episodes.to_pandas()
+        return episodes.to_pandas(use_threads=False)
 
 
 def write_copy(folder: Path, manifest: Mapping[str, Any], steps: Rows, out: Path) -> None:

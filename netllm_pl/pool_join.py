@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
+from netllm_pl.parquet import read_table
 from netllm_pl.paths import atomic_folder, file_sha256
 from netllm_pl.pool_check import read_episodes, read_manifest
 from netllm_pl.pool_format import PoolWriter, columns_of, refuse_existing
@@ -57,4 +57,4 @@ def _tables(folder: Path, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
         file = folder / shard["file"]
         if file_sha256(file) != shard["sha256"]:
             raise UserError(f"{file} differs from what was collected (SHA-256); copy it again, or remove its part")
-        yield pq.read_table(file)
+        yield read_table(file)

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from netllm_pl.data import SPLITS
 from netllm_pl.errors import UserError, unknown
-from netllm_pl.parquet import footer, whole_parquet
+from netllm_pl.parquet import footer, read_table, whole_parquet
 from tasks.adaptive_bitrate.simulator import Floats, Ints, Traces
 from tasks.adaptive_bitrate.trace_text import read_text
 
@@ -231,7 +230,7 @@ def _table(path: Path) -> pa.Table:
         if wanted:
             raise UserError(f"{path}: missing column {', '.join(wanted)}; found {', '.join(schema.names)}")
         known = [name for name in KNOWN if name in schema.names]
-        table = pq.read_table(path, columns=known)
+        table = read_table(path, known)
         table.validate(full=True)  # broken bytes can make texts that are none
         if not table.num_rows:
             raise UserError(f"{path}: holds no rows; expected one row a bandwidth sample")

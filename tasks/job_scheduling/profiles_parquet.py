@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from netllm_pl.errors import UserError
-from netllm_pl.parquet import footer, whole_parquet
+from netllm_pl.parquet import footer, read_table, whole_parquet
 from netllm_pl.paths import atomic
 from tasks.job_scheduling.profiles import WAVES, Ints, Profiles, owners, size_key, starts
 
@@ -118,7 +118,7 @@ def _table(path: Path) -> pa.Table:
         missing = [name for name in COLUMNS if name not in schema.names]
         if missing:
             raise UserError(f"{path}: missing column {', '.join(missing)}; found {', '.join(schema.names)}")
-        table = pq.read_table(path, columns=list(COLUMNS))
+        table = read_table(path, COLUMNS)
         table.validate(full=True)  # broken bytes can make lists that point anywhere
         if not table.num_rows:
             raise UserError(f"{path}: holds no jobs; expected one row a stage")
