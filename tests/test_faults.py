@@ -27,7 +27,7 @@ from netllm_pl.experience import read_pool
 NIGHTLY = os.environ.get("NETLLM_NIGHTLY", "0") != "0"
 SEED = int(os.environ.get("NETLLM_SEED", "0"))
 KINDS = ("kill", "term", "interrupt", "full", "memory")
-FIT, OTHER = (14, 14) if NIGHTLY else (4, 2)
+FIT, OTHER = (18, 18) if NIGHTLY else (4, 2)
 """Faults of a run of `fit`, and of each of the other commands."""
 
 LLM: dict[str, Any] = {
