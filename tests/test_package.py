@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import netllm_pl
 
@@ -57,3 +58,16 @@ def test_the_small_commands_import_nothing_heavy() -> None:
     code = f"import sys, netllm_pl.fetch, netllm_pl.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_oldest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = project()["optional-dependencies"]
+    found = [Requirement(text) for text in [*project()["dependencies"], *extras["quantize"], *extras["test"]]]
+    asked = {requirement.name: requirement for requirement in found if requirement.name != "netllm-pl"}
+    assert asked.keys() == lowest.keys()
+    for name, requirement in asked.items():
+        (bound,) = (part.version for part in requirement.specifier if part.operator == ">=")
+        oldest, tested = Version(bound), Version(lowest[name])
+        assert oldest == tested or (name == "torch" and oldest < tested), name  # older ones have no CPU build
