@@ -49,7 +49,9 @@ PAGES = sorted(str(page.relative_to(ROOT)) for page in FOUND)
 FENCED = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`(python\s-m\snetllm_pl\s[^`]+)`")
 OURS = ["python", "-m", "netllm_pl"]
-TOOLS = ("pip", "pre-commit", "pytest", "ruff", "mypy", "mkdocs", "tensorboard")
+LAUNCHERS = ("torchrun", "srun")
+"""Start several processes of a command of ours, of which one is run."""
+TOOLS = (*LAUNCHERS, "pip", "pre-commit", "pytest", "ruff", "mypy", "mkdocs", "tensorboard")
 NOTE = r"""#!/bin/bash
 printf '%s\x1f' "${0##*/}" "$@" >> "$CALLS"; printf '\x1e' >> "$CALLS"
 if [[ "$*" =~ ^-m\ venv\ (.+) ]]; then mkdir -p "${BASH_REMATCH[1]}/bin"; touch "${BASH_REMATCH[1]}/bin/activate"; fi
@@ -174,8 +176,9 @@ def read(words: list[str]) -> Namespace | None:
 
 
 def commands(calls: list[list[str]]) -> list[list[str]]:
-    """Those of ours: the words behind `python -m netllm_pl`."""
-    return [call[3:] for call in calls if call[:3] == OURS]
+    """Those of ours: the words behind `python -m netllm_pl`, whoever starts it."""
+    started = [call for call in calls if call[:3] == OURS or (call[0] in LAUNCHERS and "netllm_pl" in call)]
+    return [call[call.index("netllm_pl") + 1 :] for call in started]
 
 
 def without_numbers(words: list[str]) -> str:
@@ -238,6 +241,13 @@ def test_other_programs_come_with_the_project(page: str, called: Any) -> None:
             assert chosen and set((chosen[1] or "").split(",")) - {""} <= extras.keys()
         elif name == "python":
             assert words[:2] == ["-m", "venv"]
+        elif name == "torchrun":  # comes with torch
+            from torch.distributed.run import parse_args
+
+            parsed = parse_args(words)
+            assert parsed.module and parsed.training_script == "netllm_pl"
+        elif name == "srun":  # of the cluster
+            assert words[words.index("python") :][:3] == OURS
         else:
             assert name in brought, name
 
@@ -260,8 +270,12 @@ def small(words: list[str]) -> list[str]:
         if config.model.init_args.get("backbone") and not config.model.init_args.backbone.full:
             more += ["--model.init_args.backbone", str(ROOT / "configs" / "llm" / "tiny_random.yaml")]
             more += ["--model.init_args.backbone.quantize", "null"]  # rows of the tiny one are shorter than a block
+        if config.trainer.devices != "auto":
+            more += ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
     if words[0] == "collect":
         more += ["--episodes", "6", "--parallel", "3"]
+    if config.get("devices"):
+        more += ["--devices", "1"]
     return [*words, *more]
 
 
