@@ -3,11 +3,13 @@
 Shapes: N episodes side by side, B samples in a batch.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -58,6 +60,7 @@ class DecisionData(NetDataModule):
         eval_batch_size: Samples in a validation or test batch, and episodes played side by side.
         num_workers: Loader processes.
         seed: Seed of the training order.
+        share: Share of the recorded training episodes that is used; a smaller one is part of a larger one.
     """
 
     own_experience: ClassVar[Experience] = Experience()
@@ -74,8 +77,12 @@ class DecisionData(NetDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        share: float = 1.0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        if not 0 < share <= 1:
+            raise UserError(f"data.share is {share}; it must be above 0, and at most 1")
+        self.train_share = share
         for name, value in {"window": window, "stride": stride or 1, "sessions": sessions}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
@@ -174,7 +181,9 @@ class DecisionData(NetDataModule):
             experience = replace(experience, values=pools[0].manifest["made_by"].get("values"))
         if not pools or split != "train":
             pools = [recorded(self, experience, split, self.content(split))]
-        return Together([Windows(pool, self.window, self.stride if split == "train" else None) for pool in pools])
+        if split != "train":
+            return Together([Windows(pool, self.window) for pool in pools])
+        return Together([Windows(pool, self.window, self.stride, some_of(pool, self.train_share)) for pool in pools])
 
     def _play(self, policy: Any, split: str, steps: bool, env: Any = None) -> dict[str, pd.DataFrame]:
         return joined(tables for _, tables in self._batches(acting(policy), split, steps, env))
@@ -207,6 +216,13 @@ class DecisionData(NetDataModule):
                     yield batch + 1, told.pop()
         if told:
             yield chosen.stop, joined(told)
+
+
+def some_of(pool: Pool, share: float) -> Array | None:
+    """Numbers of a share of a pool's episodes, one at least; None is all of them."""
+    count = len(pool.steps)
+    order = np.random.default_rng(0).permutation(count)
+    return None if share == 1 else np.sort(order[: max(1, math.ceil(share * count - 1e-9))])
 
 
 def check_split(split: str) -> None:

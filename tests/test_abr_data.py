@@ -130,6 +130,36 @@ def test_random_mode_draws_traces_and_starts(small: AdaptiveBitrateData) -> None
     pd.testing.assert_frame_equal(frame, drawn.episodes(drawn.policy("bba")))
 
 
+def test_noise_changes_what_is_seen_and_not_what_happens(own_cache: Path) -> None:
+    clean, noisy = data(), data(noise=0.5)
+    check_environment(noisy.simulator("test"), [0, 1, 2])
+    assert type(noisy.simulator("valid")) is type(clean.simulator("valid")), "test sessions only"
+    seen = []
+    for env in (clean.simulator("test"), noisy.simulator("test")):
+        env.reset(range(5))
+        for chunk in range(20):
+            observations, reward, _, _ = env.step(np.full(5, chunk % 6))
+        seen.append((observations, reward))
+    (plain, before), (told, after) = seen
+    np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(plain["buffer_s"], told["buffer_s"])
+    factors = told["throughput"] / plain["throughput"]
+    np.testing.assert_allclose(told["delay_s"] * factors, plain["delay_s"])
+    assert np.std(np.log(factors)) == pytest.approx(0.5, rel=0.3)
+    episodes = [one.episodes(one.policy("bba")) for one in (clean, noisy)]
+    assert episodes[0].equals(episodes[1]), "it looks at the buffer only"
+    assert not clean.episodes(clean.policy("rate")).equals(noisy.episodes(noisy.policy("rate")))
+
+
+def test_a_share_of_the_experience_is_part_of_a_larger_one(small: AdaptiveBitrateData) -> None:
+    def episodes(share: float) -> set[int]:
+        found = data(share=share).dataset("train")
+        return set(found.identify(list(range(len(found))))["episode"].tolist())
+
+    assert episodes(0.1) < episodes(0.5) < episodes(1.0) == set(range(6)) and len(episodes(0.5)) == 3
+    assert len(data(share=0.1).dataset("valid")) == len(small.dataset("valid"))
+
+
 def test_a_policy_of_another_task_is_refused(small: AdaptiveBitrateData) -> None:
     with pytest.raises(UserError, match="object does not act"):
         small.episodes(object())
@@ -197,6 +227,8 @@ def test_a_video_is_a_name_or_a_path(tmp_path: Path) -> None:
         ({"eval_batch_size": 0}, "data.eval_batch_size is 0"),
         ({"num_workers": -1}, "data.num_workers is -1; it must be at least 0"),
         ({"lookahead": -1}, "data.lookahead is -1; it must be at least 0"),
+        ({"noise": -1.0}, "data.noise is -1"),
+        ({"share": 0.0}, "data.share is 0.0; it must be above 0"),
         ({"rules": {"payload": 2.0}}, "rules.payload is 2.0"),
     ],
 )

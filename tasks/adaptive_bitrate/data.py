@@ -21,6 +21,7 @@ from netllm_pl.recording import Experience
 from netllm_pl.rollout import Rollout
 from netllm_pl.timing import Work
 from tasks.adaptive_bitrate.baselines import NAMES, build
+from tasks.adaptive_bitrate.noise import NoisySimulator
 from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
 from tasks.adaptive_bitrate.published_pool import read_published
 from tasks.adaptive_bitrate.simulator import Rules, Simulator, Traces, Video
@@ -52,6 +53,8 @@ class AdaptiveBitrateData(DecisionData):
         valid_starts: Validation sessions on each trace, from starts that are spread over it: few traces choose badly.
         mode: Whether validation and test sessions are as the traces say (fixed), or have random traces, starts and
             noise.
+        noise: Standard deviation of the logarithm of a factor on each measured throughput, and its inverse on the time
+            of the download, in test sessions: what happens is the same, what policies see is not.
         data_dir: Folder that holds abr/; else NETLLM_DATA, else where `fetch` puts data.
         weights_dir: Folder of the published Pensieve weights (genet.npz, ...); null looks for ``weights`` in and beside
             the data's folder.
@@ -64,6 +67,7 @@ class AdaptiveBitrateData(DecisionData):
             learners that play themselves, gives numbers of sessions in place of recorded steps.
         window: Steps of a window of experience.
         stride: Steps between the beginnings of two training windows; null takes the window.
+        share: Share of the recorded training episodes that is used.
         sessions: Training sessions of an epoch, for learners that play themselves.
         batch_size: Samples in a training batch, per process.
         eval_batch_size: Samples in a validation or test batch, and sessions played side by side.
@@ -89,6 +93,7 @@ class AdaptiveBitrateData(DecisionData):
         test_video: str | None = None,
         valid_starts: int = 4,
         mode: Literal["fixed", "random"] = "fixed",
+        noise: float = 0.0,
         data_dir: str | None = None,
         weights_dir: str | None = None,
         rules: Rules = Rules(),  # noqa: B008  # frozen
@@ -99,16 +104,21 @@ class AdaptiveBitrateData(DecisionData):
         experience: Experience | None = Experience(),  # noqa: B008  # frozen
         window: int = 20,
         stride: int | None = None,
+        share: float = 1.0,
         sessions: int = 10_000,
         batch_size: int = 64,
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(
+            pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed, share
+        )
         for name, value in {"history": history, "valid_starts": valid_starts}.items():
             if value < 1:
                 raise UserError(f"data.{name} is {value}; it must be at least 1")
+        if noise < 0:
+            raise UserError(f"data.noise is {noise}; it must be at least 0")
         if lookahead < 0:
             raise UserError(f"data.lookahead is {lookahead}; it must be at least 0, which shows the next chunk only")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)
@@ -116,7 +126,7 @@ class AdaptiveBitrateData(DecisionData):
         if protocol == "published" and traces == "fcc" and test_traces is None:
             self.note = "published splits: test leaks into training"
         self.root, self.weights_dir = data_root(data_dir), weights_dir
-        self.history, self.lookahead, self.valid_starts = history, lookahead, valid_starts
+        self.history, self.lookahead, self.valid_starts, self.noise = history, lookahead, valid_starts, noise
         self._read: dict[Any, Any] = {}
         for name in filter(None, self.trace_names):  # tell at once what is not there, before a model is built
             check_traces(name, self.root)
@@ -157,7 +167,8 @@ class AdaptiveBitrateData(DecisionData):
         traces = self.traces(split)
         if split == "valid" and chosen == "fixed":
             traces = with_starts(traces, self.valid_starts)
-        return Simulator(traces, self.video(split), self.rules, chosen, self.history, self.lookahead)
+        options = (traces, self.video(split), self.rules, chosen, self.history, self.lookahead)
+        return NoisySimulator(self.noise, *options) if self.noise and split == "test" else Simulator(*options)
 
     def policy(self, name: str, split: str = "test") -> Any:
         """Build a policy from its name: a baseline for the video of a split, a checkpoint's path, or a folder."""

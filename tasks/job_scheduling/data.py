@@ -58,6 +58,7 @@ class JobSchedulingData(DecisionData):
             learners that play themselves, gives numbers of episodes in place of recorded steps.
         window: Steps of a window of experience.
         stride: Steps between the beginnings of two training windows; null takes the window.
+        share: Share of the recorded training episodes that is used.
         sessions: Training episodes of an epoch, for learners that play themselves.
         batch_size: Samples in a training batch, per process.
         eval_batch_size: Samples in a validation or test batch, and episodes played side by side.
@@ -92,13 +93,16 @@ class JobSchedulingData(DecisionData):
         experience: Experience | None = EXPERIENCE,
         window: int = 20,
         stride: int | None = None,
+        share: float = 1.0,
         sessions: int = 1000,
         batch_size: int = 64,
         eval_batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(
+            pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed, share
+        )
         check_seeds(test_seeds=test_seeds, valid_seeds=valid_seeds)
         self.lookahead, self.adviser = lookahead, adviser(lookahead.scheme)
         self.source, self.synthetic, self.held_out = workload, synthetic, held_out
