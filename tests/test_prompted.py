@@ -1,15 +1,21 @@
 """Viewports as text: what is spelt is read again, batches write what single rows do, mistakes are counted."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from netllm_pl.backbone import LoRA
+from netllm_pl.backbone import BackboneConfig, LoRA
 from netllm_pl.errors import UserError
 from netllm_pl.testing import tiny_backbone
-from netllm_pl.text import Characters
+from netllm_pl.text import Characters, words_of
 from tasks.viewport_prediction import PromptedViewport, ViewportPredictionData
 from tasks.viewport_prediction.prompted import END, hopeful, parse, spelt
 from tasks.viewport_prediction.synthetic import Synthetic
@@ -113,6 +119,29 @@ def test_evaluation_tells_of_invalid_answers_and_time() -> None:
     frame = data.episodes(task_of())
     assert frame["invalid"].isin([0.0, 1.0]).all() and (frame["ms"] > 0).all()
     assert "invalid" not in data.episodes(data.policy("static"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_words_of_a_folder_are_those_of_its_model(tied: bool, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=16, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    vocabulary = {character: number for number, character in enumerate("0123456789,;- ")}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=" "))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    words = words_of(BackboneConfig(str(tmp_path)), 32, 1.0)
+    assert torch.equal(words.vectors, model.get_input_embeddings().weight)
+    assert torch.equal(words.head, model.lm_head.weight) and (words.head is words.vectors) is tied
+    assert words.tokenizer.ids("-3,10;") == [12, 3, 10, 1, 0, 11]
+    assert words.tokenizer.text([12, 3, 10, 1, 0, 11]) == "-3,10;"
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no tokenizer or word vectors"):
+        words_of(BackboneConfig(str(tmp_path)), 32, 1.0)
 
 
 def test_an_encoder_cannot_write() -> None:
