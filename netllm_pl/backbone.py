@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,8 +20,9 @@ from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.graphs import LearningGraph, normal_mode
+from netllm_pl.late_weights import Source, Stored, blank, is_put_off
 from netllm_pl.quantize import Bits, quantize
-from netllm_pl.random_weights import LARGE, Draw, blank, is_put_off
+from netllm_pl.random_weights import LARGE, Draw
 
 NAMED = ("smollm2-135m",)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
@@ -103,8 +103,8 @@ class BackboneConfig:
         seed: Seed of the random weights when not pretrained.
         draw_on: Where random weights are drawn: ``cpu`` as transformers does, in float32; ``anywhere`` on the device
             where they are used, in dtype, each from a hash of its place (`netllm_pl.random_weights`): those of a 7B
-            model in seconds, the same ones on all devices and for any number of processes that share them. Null takes
-            ``anywhere`` for a billion weights and more. ``cuda`` draws on the GPU as transformers does.
+            model in seconds, the same ones on all devices and for any number of processes that share them out. Null
+            takes ``anywhere`` for a billion weights and more.
     """
 
     name: str = "smollm2-135m"
@@ -121,7 +121,7 @@ class BackboneConfig:
     lora: LoRA | None = field(default_factory=LoRA)
     full: bool = False
     seed: int = 0
-    draw_on: Literal["cpu", "cuda", "anywhere"] | None = None
+    draw_on: Literal["cpu", "anywhere"] | None = None
 
     def torch_dtype(self) -> torch.dtype:
         """Return the type of the frozen weights on this machine."""
@@ -165,23 +165,28 @@ class Backbone(nn.Module):
         weight: Tensor = embedding.get_parameter("weight").detach()
         self.d_model = int(weight.shape[1])
         self.d_hidden = int(getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size)
-        self._draw = Draw(model, config.seed) if weight.is_meta else None
-        self.token_scale = float(weight.float().square().mean().sqrt()) if self._draw is None else self._draw.std
+        draw = Draw(model, config.seed) if weight.is_meta else None
+        if config.pretrained:
+            weight = weight.to(config.torch_dtype())  # as it is unless it comes in the type of the file
+        self.token_scale = float(weight.float().square().mean().sqrt()) if draw is None else draw.std
         self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ENCODERS
         model.set_input_embeddings(nn.Identity())
         self.places = _places(model)
-        self.fingerprint = fingerprint_of(model, self._draw)
-        if not config.pretrained and self._draw is None:
+        self.fingerprint = fingerprint_of(model, draw)
+        if not config.pretrained and draw is None:
             _cast(model, config.torch_dtype())
         if config.quantize is not None:
-            quantize(model, config.quantize, config.torch_dtype(), self._draw)
+            quantize(model, config.quantize, config.torch_dtype(), draw)
             # Answers differ by more than those of float types, so adapters are kept apart.
             self.fingerprint += f"-{config.quantize}"
-        if self._draw is not None:
-            if is_put_off():
-                blank(model, config.torch_dtype())
-            else:
-                self._draw.fill(model, "", torch.get_default_device(), config.torch_dtype())
+        self._source: Source | None = None
+        if draw is not None and (config.full or not is_put_off()):
+            draw.fill(model, "", torch.get_default_device(), config.torch_dtype())
+        elif draw is not None:
+            self._source = draw
+            blank(model, config.torch_dtype())
+        elif _late(config, model):
+            self._source = Stored(model, config.torch_dtype())
         model.requires_grad_(config.full)
         if config.checkpointing:
             checkpoint_activations(model, config.checkpointing)
@@ -192,17 +197,20 @@ class Backbone(nn.Module):
         self._graph: LearningGraph | None = None
         self.sharded = False
 
-    def draw(self, device: torch.device, layer: nn.Module | None = None) -> None:
-        """Draw the random weights of a layer, or all, that were put off (`netllm_pl.random_weights.put_off`), if any.
+    def place(self, device: torch.device, layer: nn.Module | None = None) -> None:
+        """Give a layer, or all, the frozen weights that were put off (`netllm_pl.late_weights.put_off`), if any were.
 
         Args:
-            device: Where.
+            device: Where they go.
             layer: One of `layers_of`.
         """
-        if self._draw is not None:
-            whole = self._draw.model
+        if self._source is not None:
+            get_base_model: Any = getattr(self.model, "get_base_model", None)
+            whole: nn.Module = self.model if get_base_model is None else get_base_model()
             path = "" if layer is None else next(name for name, part in whole.named_modules() if part is layer)
-            self._draw.fill(whole if layer is None else layer, path, device, self.dtype)
+            self._source.fill(whole if layer is None else layer, path, device, self.dtype)
+            if layer is None:
+                self._source = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -332,6 +340,12 @@ def backbones_of(task: nn.Module) -> list[Backbone]:
     return [module for module in task.modules() if isinstance(module, Backbone)]
 
 
+def placed(task: nn.Module, device: torch.device | str) -> None:
+    """Give all language models in a task the frozen weights that were put off, if any were."""
+    for backbone in backbones_of(task):
+        backbone.place(torch.device(device))
+
+
 def is_sharded(task: nn.Module) -> bool:
     """Whether all processes of the run must take part in each pass of a task, as each has a share of the weights."""
     return any(backbone.sharded for backbone in backbones_of(task))
@@ -344,10 +358,12 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
     attention = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         if config.pretrained:
+            more: dict[str, Any] = {"config": hf, "trust_remote_code": False, **attention}
             with _quiet():  # cut layers and the LM head are "unexpected" weights: wanted here
-                model = factory.from_pretrained(
-                    source, config=hf, dtype=config.torch_dtype(), trust_remote_code=False, **attention
-                )
+                # In the type of the file they are not read before they are needed.
+                model = factory.from_pretrained(source, dtype="auto" if is_put_off() else config.torch_dtype(), **more)
+                if is_put_off() and not _late(config, model):
+                    model = factory.from_pretrained(source, dtype=config.torch_dtype(), **more)
         else:
             model = _random(factory, hf, config, attention)
     except (OSError, ValueError, ImportError) as error:
@@ -355,6 +371,12 @@ def _load(config: BackboneConfig) -> PreTrainedModel:
         raise UserError(f"backbone {config.name}: {_first_line(error).rstrip('.')}{cure}") from error
     inner: PreTrainedModel = getattr(model, "language_model", model)  # LLaVA and the like: the language model only
     return inner
+
+
+def _late(config: BackboneConfig, model: Any) -> bool:
+    """Whether a model's stored weights can come later: frozen ones of one type, that are not quantised before."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    return is_put_off() and config.pretrained and config.quantize is None and not config.full and not kept
 
 
 def _random(factory: Any, hf: PreTrainedConfig, config: BackboneConfig, more: dict[str, Any]) -> PreTrainedModel:
@@ -365,24 +387,11 @@ def _random(factory: Any, hf: PreTrainedConfig, config: BackboneConfig, more: di
             model: PreTrainedModel = factory.from_config(hf, dtype=config.torch_dtype(), **more)
         if config.draw_on == "anywhere" or sum(weight.numel() for weight in model.parameters()) >= LARGE:
             return model
-    device, dtype = _drawing(config)
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), device:
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(config.seed)
-        model = factory.from_config(hf, dtype=dtype, **more)
-    return model
-
-
-def _drawing(config: BackboneConfig) -> tuple[torch.device, torch.dtype]:
-    """Return where random weights are drawn, and in which type."""
-    if config.draw_on != "cuda":
         # In float32 so that the same seed gives the same weights for every dtype; they are cast afterwards.
-        return torch.device("cpu"), torch.float32
-    if not torch.cuda.is_available():
-        raise UserError("backbone.draw_on is cuda, but there is no GPU here; set it to cpu")
-    # Each process of a run has its own GPU, and equal GPUs draw equal numbers.
-    return torch.device(
-        "cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-    ), config.torch_dtype()
+        model = factory.from_config(hf, dtype=torch.float32, **more)
+    return model
 
 
 @contextmanager

@@ -210,18 +210,17 @@ def load_task(path: Path, device: torch.device | str = "cpu") -> "NetTask":
 
     Args:
         path: The checkpoint or folder.
-        device: Where it goes; large random weights are drawn there.
+        device: Where it goes; frozen weights go there at once.
 
     Raises:
         UserError: if the path holds neither, or it belongs to frozen weights that this machine does not have.
     """
-    from netllm_pl.backbone import backbones_of
-    from netllm_pl.random_weights import put_off
+    from netllm_pl.backbone import placed
+    from netllm_pl.late_weights import put_off
 
     with put_off():
         task = _load(path)
-    for backbone in backbones_of(task):
-        backbone.draw(torch.device(device))
+    placed(task, device)
     return task.to(device)
 
 

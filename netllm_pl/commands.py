@@ -95,7 +95,11 @@ def collect(args: list[str]) -> None:
 
 def benchmark(args: list[str]) -> None:
     """Measure training, decisions or predictions, and the task's simulator, beside what this machine can do at most."""
+    import torch
+
+    from netllm_pl.backbone import placed
     from netllm_pl.benchmark import MORE, PARTS, check, chosen_parts, run
+    from netllm_pl.late_weights import put_off
     from netllm_pl.run import prepare
     from netllm_pl.sources import read_sources
 
@@ -146,7 +150,10 @@ def benchmark(args: list[str]) -> None:
         config.pop(unused)
     prepare()
     _seed(config.seed_everything)
-    built = parser.instantiate(config)
+    gpu = torch.cuda.is_available() and trainer.get("accelerator") != "cpu"
+    with put_off():
+        built = parser.instantiate(config)
+    placed(built.model, "cuda" if gpu else "cpu")
     run(
         built.model, built.data, config.out, repeats, config.quick, trainer, noted, parts, config.scaling, config.fast
     )  # fmt: skip
@@ -301,15 +308,11 @@ def _plain(tree: Any) -> Any:
 
 
 def _draw_weights(model: Namespace) -> None:
-    """Let the backbone of a model's config have random weights, drawn on the GPU if there is one."""
-    import torch
-
+    """Let the backbone of a model's config have random weights."""
     backbone = model.init_args.get("backbone")
     if backbone is None:
         raise UserError(f"{model.class_path.rpartition('.')[2]} has no backbone; leave out --random_weights")
     backbone.pretrained = False
-    if torch.cuda.is_available():
-        backbone.draw_on = "cuda"
 
 
 def _parser(name: str, description: str | None) -> Parser:

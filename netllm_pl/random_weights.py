@@ -6,13 +6,12 @@ is laid out without weights, and each process draws what it keeps, where it keep
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from netllm_pl.late_weights import missing, plain_name
 
 LARGE = 10**9
 """Weights of a model that is drawn like this unless it is said otherwise."""
@@ -21,23 +20,6 @@ CHUNK = 2**22
 BYTES = 4
 SPREAD = math.sqrt(BYTES * (256**2 - 1) / 12)
 """Standard deviation of the sum of that many bytes."""
-
-_PUT_OFF: ContextVar[bool] = ContextVar("put_off", default=False)
-
-
-@contextmanager
-def put_off() -> Iterator[None]:
-    """Let backbones that are built inside draw their weights later, by `Backbone.draw`, where they will be used."""
-    token = _PUT_OFF.set(True)
-    try:
-        yield
-    finally:
-        _PUT_OFF.reset(token)
-
-
-def is_put_off() -> bool:
-    """Whether backbones are to draw their weights later."""
-    return _PUT_OFF.get()
 
 
 class Draw:
@@ -73,16 +55,9 @@ class Draw:
         return _numbers(places.to(torch.int32), self._keys(name), self.std)
 
     def fill(self, part: nn.Module, path: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Draw the frozen weights of a module and of all in it that have no numbers yet.
-
-        Args:
-            part: Of the model.
-            path: Its name in the model; empty for the model itself. LoRA's layers in it do not count.
-            device: Where the weights go.
-            dtype: Their type.
-        """
+        """Draw the weights of a module, and of all in it, that it does not have yet (see `late_weights.Source`)."""
         for inner, module in part.named_modules(prefix=path):
-            own = {name: weight for name, weight in module.named_parameters(recurse=False) if is_missing(weight)}
+            own = missing(module)
             for name, weight in own.items():
                 place = torch.empty(weight.shape, dtype=dtype, device=device)
                 setattr(module, name, nn.Parameter(place, requires_grad=weight.requires_grad))
@@ -127,25 +102,3 @@ def _mix(values: Tensor) -> Tensor:
 
 def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
-
-
-def plain_name(name: str) -> str:
-    """Name of a part or weight in the model without LoRA, whose layers wrap the model's own."""
-    return name.replace(".base_layer", "")
-
-
-def blank(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give weights of the meta device a place in memory of one number each, of their shape and not to be written to.
-
-    Unlike on the meta device, what is built upon them, such as LoRA, gets weights of its own.
-    """
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if weight.is_meta and weight.numel() > 1:  # of a single number nothing could tell that it is missing
-                empty = torch.zeros((), dtype=dtype).expand(weight.shape)
-                setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad))
-
-
-def is_missing(weight: Tensor) -> bool:
-    """Whether a weight has no numbers yet, see `blank`."""
-    return weight.is_meta or (weight.numel() > 1 and not any(weight.stride()))

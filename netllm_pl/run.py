@@ -29,12 +29,12 @@ from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import Terminated, UserError
 from netllm_pl.launch import end_with_parent
+from netllm_pl.late_weights import put_off
 from netllm_pl.metrics_file import MetricsFile
 from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
 from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, say
-from netllm_pl.random_weights import put_off
 from netllm_pl.run_folder import BEST, LAST, RESULTS, claim, folder_of_run, free_place, home_of, note_run
 from netllm_pl.sharded import Sharded as Sharded  # so that trainer.strategy knows it by name
 from netllm_pl.task import NetTask
@@ -82,7 +82,7 @@ class CLI(LightningCLI):
                     self._made.rmdir()
 
     def instantiate_classes(self) -> None:
-        """Build task, data and trainer; large random weights are drawn later, where the trainer wants them."""
+        """Build task, data and trainer; frozen weights come later, where the trainer wants them."""
         with put_off():
             super().instantiate_classes()
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
-from netllm_pl.backbone import Backbone, backbones_of, layers_of
+from netllm_pl.backbone import Backbone, backbones_of, layers_of, placed
 from netllm_pl.checkpoint import trained_names
 from netllm_pl.errors import UserError
 
@@ -29,7 +29,7 @@ BUCKET = 2**25
 def shard(backbone: Backbone, mesh: DeviceMesh, device: torch.device) -> None:
     """Leave a process its share of each frozen layer; layers are put together while they compute, and again backward.
 
-    All other weights stay whole, on all processes. Random weights that were put off are drawn, a layer at a time.
+    All other weights stay whole, on all processes. Weights that were put off come now, a layer at a time.
 
     Args:
         backbone: Not sharded yet; afterwards all processes must run it equally often.
@@ -47,14 +47,14 @@ def shard(backbone: Backbone, mesh: DeviceMesh, device: torch.device) -> None:
     if not layers:
         raise UserError(f"trainer.strategy {NAME} knows no layers in backbone {config.name}; take strategy ddp")
     for layer in layers:
-        backbone.draw(device, layer)
+        backbone.place(device, layer)
         layer.to(device)
         fully_shard(layer, mesh=mesh, ignored_params={each for each in layer.parameters() if each.requires_grad})
         if config.compile:
             # Without the hooks that put a layer together, around which a compiled one would be in pieces.
             layer._compiled_call_impl = None
             layer.forward = torch.compile(layer.forward)
-    backbone.draw(device)
+    backbone.place(device)
     backbone.model.to(device)
     # The layers know each other by what is around them, and get the next one while one computes.
     inside = {weight for layer in layers for weight in layer.parameters()}
@@ -142,7 +142,7 @@ StrategyRegistry.register(NAME, Sharded, description="frozen layers shared out o
 
 
 def prepare(task: pl.LightningModule) -> None:
-    """Draw random weights that were put off, and share out frozen layers if the trainer's strategy is to do so.
+    """Place frozen weights that were put off, and share out frozen layers if the trainer's strategy is to do so.
 
     Args:
         task: In `configure_model`, or without a trainer.
@@ -151,16 +151,14 @@ def prepare(task: pl.LightningModule) -> None:
         UserError: The strategy does not fit the task.
     """
     strategy = None if task._trainer is None else task.trainer.strategy
-    backbones = [each for each in backbones_of(task) if not each.sharded]
     if not isinstance(strategy, ModelParallelStrategy):
-        for backbone in backbones:
-            backbone.draw(torch.get_default_device() if strategy is None else strategy.root_device)
+        placed(task, torch.get_default_device() if strategy is None else strategy.root_device)
         return
     if not isinstance(strategy, Sharded):
         raise UserError(f"trainer.strategy ModelParallelStrategy would save weights in pieces; set it to {NAME}")
     if not backbones_of(task):
         raise UserError(f"{type(task).__name__} has no backbone that trainer.strategy {NAME} could share out; take ddp")
-    for backbone in backbones:
+    for backbone in (each for each in backbones_of(task) if not each.sharded):
         shard(backbone, strategy.device_mesh["data_parallel"], strategy.root_device)
 
 

@@ -199,7 +199,7 @@ class NetTask(pl.LightningModule, ABC):
                 flush()
 
     def configure_model(self) -> None:
-        """Draw random weights that were put off, and share out frozen layers; Lightning calls it before all else."""
+        """Place frozen weights that were put off, and share out frozen layers; Lightning calls it before all else."""
         from netllm_pl.sharded import prepare
 
         prepare(self)

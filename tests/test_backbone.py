@@ -122,17 +122,6 @@ def test_an_architecture_gives_random_weights_by_seed(case: str) -> None:
     assert backbone.fingerprint == again.fingerprint != other.fingerprint
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="draws on a GPU")
-def test_random_weights_of_a_gpu_are_those_of_a_seed() -> None:
-    state = torch.cuda.get_rng_state()
-    one, again, other = (
-        Backbone(tiny("llama", dtype="bfloat16", lora=None, draw_on="cuda", seed=seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert one.fingerprint == again.fingerprint != other.fingerprint
-    assert all(weight.is_cuda and weight.std() > 0 for weight in one.model.parameters() if weight.dim() > 1)
-
-
 def test_random_weights_do_not_touch_the_random_state() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -336,11 +325,6 @@ def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path: Path, monkeypatch: 
         (BackboneConfig("./not_there"), "unknown backbone folder './not_there'"),
         (BackboneConfig("not_there.gguf"), "no file not_there.gguf"),
         (BackboneConfig("llama"), "architecture without weights; set pretrained: false"),
-        pytest.param(
-            BackboneConfig("llama", pretrained=False, draw_on="cuda"),
-            "draw_on is cuda, but there is no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
         (tiny("llama", layers=3), "layers is 3; llama has 1 to 2"),
         (replace(tiny("llama"), config={"hidden_size": 15}), "does not fit the architecture llama.*multiple"),
         (tiny("t5", layers=0), "layers is 0; t5 has 1 to 2"),
