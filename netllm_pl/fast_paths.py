@@ -105,7 +105,8 @@ def quantised(task: NetTask, data: NetDataModule, repeats: int, quick: bool, set
     gc.collect()
     data.batch_size = FEW
     try:
-        task.backbone = Backbone(config)
+        with device:  # where random weights are drawn, a layer at a time
+            task.backbone = Backbone(config)
         found: Entry = {"training": training(task, data, repeats, quick, settings)[0]}
     except (ModuleNotFoundError, UserError) as error:  # no package for it, or layers of a size that it cannot take
         return {"not_measured": str(error)}

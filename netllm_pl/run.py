@@ -28,8 +28,8 @@ from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkp
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
 from netllm_pl.errors import Terminated, UserError
-from netllm_pl.launch import end_with_parent
 from netllm_pl.late_weights import put_off
+from netllm_pl.launch import end_with_parent
 from netllm_pl.metrics_file import MetricsFile
 from netllm_pl.multi_task import MultiTask
 from netllm_pl.parsing import LightningParser
