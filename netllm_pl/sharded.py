@@ -5,6 +5,7 @@ pass. So optimiser, clipping, moving average and checkpoints are what they are i
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 
 from netllm_pl.backbone import Backbone, backbones_of, layers_of, placed
@@ -56,9 +57,12 @@ def shard(backbone: Backbone, mesh: DeviceMesh, device: torch.device) -> None:
             layer.forward = torch.compile(layer.forward)
     backbone.place(device)
     backbone.model.to(device)
-    # The layers know each other by what is around them, and get the next one while one computes.
+    # The layers know each other by what is around them; the next one is sent for before one computes.
     inside = {weight for layer in layers for weight in layer.parameters()}
     fully_shard(backbone.model, mesh=mesh, ignored_params=set(backbone.model.parameters()) - inside)
+    for layer, following in pairwise(layers):
+        assert isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)
+        layer.set_modules_to_forward_prefetch([following])
     backbone.sharded = True
 
 
