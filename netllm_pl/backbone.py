@@ -97,7 +97,7 @@ class BackboneConfig:
         compile: Compile the layers for training and for captured decisions: a first step takes longer, all later ones
             less. Validation and test passes, whose shapes differ, are not compiled.
         graphs: On a GPU, capture decisions and single predictions in CUDA graphs, for tasks whose steps all have the
-            same shape. Off until it has been measured on one.
+            same shape. LoRA is merged for them, into copies of the adapted layers.
         lora: Low-rank adapter; null trains the encoder and the head only.
         full: Train all weights instead (for comparison; checkpoints then hold them all).
         seed: Seed of the random weights when not pretrained.
@@ -116,7 +116,7 @@ class BackboneConfig:
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     checkpointing: bool | float = False
     compile: bool = False
-    graphs: bool = False
+    graphs: bool = True
     training_graph: bool = False
     lora: LoRA | None = field(default_factory=LoRA)
     full: bool = False

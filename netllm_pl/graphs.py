@@ -73,15 +73,16 @@ class Captured:
         if not self.capture:
             return self.function()
         if self.graph is None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP):
-                    self.function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.result = self.function()
+            with uncached_autocast("cuda"):
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(WARMUP):
+                        self.function()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    self.result = self.function()
             self.graph = graph
         self.graph.replay()
         return self.result
@@ -110,7 +111,7 @@ class LearningGraph:
             samples = tuple(torch.randn_like(t) if t.is_floating_point() else t.clone() for t in given)
             samples = tuple(s.requires_grad_(t.requires_grad) for s, t in zip(samples, given, strict=True))
             last = _Last(self.model, mask is not None, positions is not None).train()
-            with _uncached_autocast(tokens.device.type):
+            with uncached_autocast(tokens.device.type):
                 self.run = torch.cuda.make_graphed_callables(last, samples, allow_unused_input=True)  # type: ignore[assignment]
             self.known, self.places = known, Places(self.model)
         if known != self.known:
@@ -122,7 +123,7 @@ class LearningGraph:
         return hidden
 
 
-def _uncached_autocast(device: str) -> torch.autocast:
+def uncached_autocast(device: str) -> torch.autocast:
     """Mixed precision as it is now, but casting weights anew at each use: a graph must not read casts of before it."""
     return torch.autocast(
         device, torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False

@@ -86,7 +86,9 @@ def training(
     ``tflop_per_s`` counts two operations a weight and token in the forward pass, two more for the gradients of
     activations, and two more for those of the weights that learn; attention itself, encoder and head are left out.
     """
-    timer = StepTimer(repeats, warmup=2 if quick else 5, least_s=0.5 if quick else 1.0)
+    # A GPU's allocator takes a few steps until it asks for nothing new.
+    warmup = 2 if quick and not torch.cuda.is_available() else 5
+    timer = StepTimer(repeats, warmup, least_s=0.5 if quick else 1.0)
     trainer = _trainer(timer, settings)
     hook: RemovableHandle | None = None
     if task.backbone is not None:
@@ -104,6 +106,7 @@ def training(
     finally:
         if hook is not None:
             hook.remove()
+        data.trainer = None  # else the data keep the model in memory for as long as they live
     seconds, steps, samples, tokens = (np.array(column) for column in zip(*timer.blocks, strict=True))
     found: Entry = {
         "first_step_s": timer.first_s,

@@ -109,6 +109,7 @@ class Stream:
     def __init__(self, task: DecisionTask, arrays: Observations, capture: bool, few: bool = False) -> None:
         assert task.backbone is not None
         self.device, self.capture = task.device, capture
+        self.mixed = torch.is_autocast_enabled(self.device.type)
         self._task = ref(task)  # `_STREAMS` would else keep what it is the key of
         self.parcel = Parcel(arrays, self.device)
         self.shapes = shapes_of(arrays)
@@ -161,8 +162,9 @@ class Stream:
         return bool(layers == self.model.config.num_hidden_layers)
 
     def fits(self, arrays: Observations) -> bool:
-        """Whether this was made for such observations, and for the weights as they lie now."""
-        return shapes_of(arrays) == self.shapes and self.places.hold()
+        """Whether this was made for such observations and such precision, and for the weights as they lie now."""
+        alike = shapes_of(arrays) == self.shapes and torch.is_autocast_enabled(self.device.type) == self.mixed
+        return alike and self.places.hold()
 
     def restart(self) -> None:
         """Begin new episodes, with what the adapters have learned since."""

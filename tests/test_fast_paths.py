@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from netllm_pl import fast_paths, speed
 from netllm_pl.backbone import Backbone, BackboneConfig, _configuration
 from netllm_pl.fast_paths import hasten, nothing_recomputed, training_or_plain
-from netllm_pl.graphs import _uncached_autocast
+from netllm_pl.graphs import uncached_autocast
 from netllm_pl.speed import Staying, StepTimer, training_batches
 from netllm_pl.testing import tiny_backbone
 from tasks.viewport_prediction import ViewportPrediction, ViewportPredictionData
@@ -115,10 +115,10 @@ def test_gradients_are_gone_when_the_next_pass_begins(monkeypatch: pytest.Monkey
 
 
 def test_mixed_precision_casts_anew_while_a_graph_is_captured() -> None:
-    with torch.autocast("cpu", torch.bfloat16), _uncached_autocast("cpu"):
+    with torch.autocast("cpu", torch.bfloat16), uncached_autocast("cpu"):
         assert torch.is_autocast_enabled("cpu") and not torch.is_autocast_cache_enabled()
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-    with _uncached_autocast("cpu"):
+    with uncached_autocast("cpu"):
         assert not torch.is_autocast_enabled("cpu")
 
 

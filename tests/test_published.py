@@ -1,7 +1,13 @@
 """The published way of running a task gives the same answers of the same model; only how it runs differs."""
 
+import gc
+import weakref
+from typing import Any
+
+import pytest
 import torch
 
+from netllm_pl import published
 from netllm_pl.published import Recomputing, can_restate, one_by_one, restated
 from netllm_pl.rollout import rollout
 from netllm_pl.testing import tiny_backbone
@@ -9,7 +15,8 @@ from tasks.adaptive_bitrate import AdaptiveBitrate
 from tasks.adaptive_bitrate.simulator import Rules, Simulator
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
 from tasks.adaptive_bitrate.videos import generated_video
-from tasks.viewport_prediction import ViewportGRU, ViewportPrediction
+from tasks.viewport_prediction import ViewportGRU, ViewportPrediction, ViewportPredictionData
+from tasks.viewport_prediction.synthetic import Synthetic
 
 
 def trained(task: torch.nn.Module) -> None:
@@ -66,3 +73,21 @@ def test_the_copy_is_plain_float32_and_the_task_stays_as_it_is() -> None:
 def test_what_has_no_published_way_is_left_out() -> None:
     assert can_restate(ViewportPrediction(tiny_backbone(), width=16))
     assert not can_restate(ViewportGRU())
+
+
+def test_the_copy_is_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would lie on the GPU while the task itself is measured."""
+    copies: list[Any] = []
+
+    def noted(task: Any) -> Any:
+        twin = restated(task)
+        copies.append(weakref.ref(twin))
+        return twin
+
+    monkeypatch.setattr(published, "restated", noted)
+    data = ViewportPredictionData(dataset="synthetic", synthetic=Synthetic(videos=3, users=4, seconds=20), batch_size=4)
+    task = ViewportPrediction(tiny_backbone(), width=16)
+    found = published.published_style(task, data, 1, True, {"accelerator": "cpu"})
+    assert found["training"]["batch_samples"] == 1 and data.batch_size == 4
+    gc.collect()
+    assert [copy() for copy in copies] == [None]

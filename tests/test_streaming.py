@@ -135,6 +135,16 @@ def test_weights_that_bfloat16_holds_are_kept_in_it_without_loss() -> None:
     assert len(cpu_decoder._PACKED) == copies and len(streaming._STREAMS[task]) == 2
 
 
+def test_what_was_made_in_one_precision_is_not_used_in_another() -> None:
+    task = make(context=5)
+    play(Static(task, False), [0])
+    (stream,) = streaming._STREAMS[task]
+    arrays = dict(stream.parcel.host)
+    assert stream.fits(arrays)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not stream.fits(arrays)
+
+
 @pytest.mark.parametrize(
     "changes", [{"tie_word_embeddings": True}, {"hidden_act": "gelu"}, {"attention_bias": True}, {"mlp_bias": True},
                 {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}],
