@@ -13,7 +13,9 @@ LIMIT_S = 120
 """Seconds after which processes are taken for hanging."""
 
 
-def in_processes(function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2) -> list[Any]:
+def in_processes(
+    function: Callable[..., Any], folder: Path, *arguments: Any, count: int = 2, limit_s: float = LIMIT_S
+) -> list[Any]:
     """Call ``function(*arguments)`` in each of several processes.
 
     Args:
@@ -21,6 +23,7 @@ def in_processes(function: Callable[..., Any], folder: Path, *arguments: Any, co
         folder: Where results are passed on.
         arguments: Given to all.
         count: Processes.
+        limit_s: Seconds after which they are taken for hanging.
 
     Returns:
         What each process returned.
@@ -35,7 +38,7 @@ def in_processes(function: Callable[..., Any], folder: Path, *arguments: Any, co
     for process in started:
         process.start()
     for process in started:
-        process.join(LIMIT_S)
+        process.join(limit_s)
     for process in started:
         if process.is_alive():
             process.kill()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from several import free_port, in_processes
+from test_cli import words as small_run
 
 from netllm_pl import launch
 from netllm_pl.cli import main
@@ -344,3 +345,22 @@ def test_a_first_process_that_cannot_be_reached_is_told(monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "WAIT_S", 1.0)
     with pytest.raises(UserError, match=r"the processes do not find each other at 127\.0\.0\.1:\d+ .*give --run_dir"):
         launch.told_by_first(lambda: "folder")
+
+
+def every_config(folder: Path, configs: list[Path]) -> None:
+    """Train a few steps of each config in one of two processes."""
+    os.environ["NETLLM_CACHE"] = str(folder / "cache")
+    for file in configs:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            more = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "3"]
+            main(["fit", *small_run(file), *more, "--run_dir", str(folder / file.stem), "--debug"])
+
+
+@NIGHTLY
+def test_every_config_trains_with_two_processes(tmp_path: Path) -> None:
+    """Baselines that learn by playing, and several tasks on one language model, too."""
+    configs = sorted([*ROOT.glob("configs/*.yaml"), *ROOT.glob("configs/baselines/*.yaml")])
+    in_processes(every_config, tmp_path / "ranks", tmp_path, configs, limit_s=900)
+    for file in configs:
+        assert torch.load(tmp_path / file.stem / "last.ckpt", weights_only=True)["global_step"] >= 1

@@ -304,6 +304,7 @@ def test_commands_run(
 ) -> None:
     monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that commands start
     monkeypatch.chdir(prepared(tmp_path, page))
     if public:
         monkeypatch.setenv("NETLLM_DATA", str(request.getfixturevalue("little_data")))
