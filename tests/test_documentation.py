@@ -39,6 +39,7 @@ from netllm_pl.fetch import SOURCES
 from netllm_pl.parsing import Parser
 from netllm_pl.paths import file_sha256
 from netllm_pl.rollout import rollout
+from netllm_pl.side_by_side import without_devices
 from tasks.adaptive_bitrate import AdaptiveBitrateData
 from tasks.adaptive_bitrate.simulator import Rules
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces
@@ -274,9 +275,8 @@ def small(words: list[str]) -> list[str]:
             more += ["--trainer.devices", "1", "--trainer.num_nodes", "1", "--trainer.strategy", "auto"]
     if words[0] == "collect":
         more += ["--episodes", "6", "--parallel", "3"]
-    if config.get("devices"):
-        more += ["--devices", "1"]
-    return [*words, *more]
+    # tests/test_shards.py starts processes
+    return [*(without_devices(words) if config.get("devices") else words), *more]
 
 
 def made(words: list[str]) -> Path | None:
@@ -304,7 +304,6 @@ def test_commands_run(
 ) -> None:
     monkeypatch.setenv("NETLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for processes that commands start
     monkeypatch.chdir(prepared(tmp_path, page))
     if public:
         monkeypatch.setenv("NETLLM_DATA", str(request.getfixturevalue("little_data")))
