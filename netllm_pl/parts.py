@@ -100,6 +100,7 @@ class Parts:
         with ExitStack() as stack:
             while True:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                before = self._identity()
                 attempt = stack.enter_context(ExitStack())
                 owned = attempt.enter_context(locked(self.folder, shared))
                 if owned is False:
@@ -107,14 +108,21 @@ class Parts:
                         raise UserError(f"{self.folder} is in use by another process that writes this {self.what}")
                     with status(f"waiting for another process that writes the same {self.what}"):
                         owned = attempt.enter_context(locked(self.folder, shared, wait=True))
-                if self.folder.is_dir():
+                if before is not None and before == self._identity():
                     break
-                attempt.close()  # whoever had it has finished, and removed it
+                attempt.close()  # whoever had it has finished and removed it, and the next one may have made it again
             try:
                 yield
             finally:
                 with suppress(OSError):  # something is in it that is worth keeping
                     self.folder.rmdir()
+
+    def _identity(self) -> int | None:
+        """Tell this folder from a later one of its name: a lock of one that was removed keeps nobody out."""
+        try:
+            return self.folder.stat().st_ino
+        except FileNotFoundError:
+            return None
 
     def found(self) -> list[tuple[range, Path]]:
         """Return what is there, in order.

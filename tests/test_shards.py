@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,29 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, method: str, after: int) -> list[in
 
     monkeypatch.setattr(Candidates, method, counted)
     return calls
+
+
+def test_those_that_wait_for_one_collection_have_it_one_after_another(tmp_path: Path) -> None:
+    """Whoever has finished removes the folder, which others hold locks of, and the next one makes it again."""
+    inside, most, done = 0, 0, 0
+
+    def write() -> None:
+        nonlocal inside, most, done
+        pool = Parts(tmp_path / "pool.parts", {}, "collection", "")
+        with pool.claimed(wait=True):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.01)
+            pool.forget()
+            inside, done = inside - 1, done + 1
+
+    for _ in range(5):
+        workers = [threading.Thread(target=write) for _ in range(6)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert (most, done) == (1, 30)
 
 
 def test_two_processes_do_not_write_one_pool(tmp_path: Path) -> None:
