@@ -314,8 +314,13 @@ class NetDataModule(pl.LightningDataModule, ABC):
         """
         return {}
 
-    def loader(self, split: str) -> Loader:
-        """Make the loader of a split: the one factory behind all of them."""
+    def loader(self, split: str, limit: int | None = None) -> Loader:
+        """Make the loader of a split: the one factory behind all of them.
+
+        Args:
+            split: One of `SPLITS`.
+            limit: Batches of an evaluation by all processes together; null takes all of them.
+        """
         train = split == "train"
         data = self.dataset(split)
         if len(data) == 0:
@@ -325,7 +330,7 @@ class NetDataModule(pl.LightningDataModule, ABC):
         size = self.batch_size if train else self.eval_batch_size
         return Loader(
             _Rows(data),
-            sampler=Batches(len(data), size, train, self.seed, self._limit(split), self._even()),
+            sampler=Batches(len(data), size, train, self.seed, limit, self._even()),
             batch_size=None,  # a sampler item is a whole batch: one vectorised gather
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -334,10 +339,9 @@ class NetDataModule(pl.LightningDataModule, ABC):
             generator=torch.Generator(),  # else each epoch's start draws from the global one, and a resumed run differs
         )
 
-    def _limit(self, split: str) -> int | None:
+    def _limit(self, name: str) -> int | None:
         """Return how many batches the trainer evaluates, if it was told a number; Lightning means each process."""
-        name = {"valid": "limit_val_batches", "test": "limit_test_batches"}.get(split)
-        limit = None if self.trainer is None or name is None else getattr(self.trainer, name)
+        limit = None if self.trainer is None else getattr(self.trainer, name)
         return limit if isinstance(limit, int) and limit else None
 
     def _even(self) -> bool:
@@ -353,11 +357,11 @@ class NetDataModule(pl.LightningDataModule, ABC):
 
     def val_dataloader(self) -> Loader:
         """Loader of the validation split."""
-        return self.loader("valid")
+        return self.loader("valid", self._limit("limit_val_batches"))
 
     def test_dataloader(self) -> Loader:
         """Loader of the test split."""
-        return self.loader("test")
+        return self.loader("test", self._limit("limit_test_batches"))
 
     def predict_dataloader(self) -> Loader:
         """Loader of the test split."""

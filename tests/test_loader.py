@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from netllm_pl.data import Batch, Batches, Loader, NetDataModule
 from netllm_pl.errors import UserError
@@ -172,3 +173,13 @@ def test_an_empty_split_is_refused() -> None:
 def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(UserError, match="unknown policy 'nobody'"):
         _NumbersData({}).policy("nobody")
+
+
+def test_only_the_trainers_own_passes_are_limited() -> None:
+    """A table after training has every sample, whatever the trainer was told of its validation and test passes."""
+    data = _NumbersData({"valid": 22, "test": 22}, batch_size=4, eval_batch_size=4)
+    data.trainer = Trainer(
+        accelerator="cpu", limit_val_batches=2, limit_test_batches=3, logger=False, enable_checkpointing=False
+    )
+    assert [len(each) for each in (data.val_dataloader(), data.test_dataloader())] == [2, 3]
+    assert [len(each) for each in (data.predict_dataloader(), data.loader("valid"), data.loader("test"))] == [6, 6, 6]

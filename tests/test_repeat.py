@@ -21,7 +21,7 @@ NIGHTLY = os.environ.get("NETLLM_NIGHTLY", "0") != "0"
 ROOT = Path(__file__).parents[1]
 ALONE = {
     "viewport_prediction": ["no_lora", "no_pictures", "published"],
-    "adaptive_bitrate": [],
+    "adaptive_bitrate": ["published_tokens"],
     "job_scheduling": [],
 }
 """Overlays that run on generated data."""
