@@ -114,8 +114,9 @@ class Parts:
             try:
                 yield
             finally:
-                with suppress(OSError):  # something is in it that is worth keeping
-                    self.folder.rmdir()
+                if self._identity() == before:  # else it is gone, and one of that name belongs to the next one
+                    with suppress(OSError):  # something is in it that is worth keeping
+                        self.folder.rmdir()
 
     def _identity(self) -> int | None:
         """Tell this folder from a later one of its name: a lock of one that was removed keeps nobody out."""

@@ -160,8 +160,8 @@ def test_those_that_wait_for_one_collection_have_it_one_after_another(tmp_path: 
             inside += 1
             most = max(most, inside)
             time.sleep(0.01)
-            pool.forget()
             inside, done = inside - 1, done + 1
+            pool.forget()  # from here on it is the next one's turn
 
     for _ in range(5):
         workers = [threading.Thread(target=write) for _ in range(6)]
