@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from netllm_pl.backbone import NAMED, BackboneConfig, source_of
+from netllm_pl.backbone import BackboneConfig
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import smollm2_tokenizer
+from netllm_pl.loading import NAMED, source_of
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")

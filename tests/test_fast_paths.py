@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from netllm_pl import fast_paths, speed
-from netllm_pl.backbone import Backbone, BackboneConfig, _configuration
+from netllm_pl.backbone import Backbone, BackboneConfig
 from netllm_pl.fast_paths import hasten, nothing_recomputed, training_or_plain
 from netllm_pl.graphs import uncached_autocast
+from netllm_pl.loading import configuration
 from netllm_pl.speed import Staying, StepTimer, training_batches
 from netllm_pl.testing import tiny_backbone
 from tasks.viewport_prediction import ViewportPrediction, ViewportPredictionData
@@ -123,7 +124,7 @@ def test_mixed_precision_casts_anew_while_a_graph_is_captured() -> None:
 
 
 def test_random_weights_of_a_model_behind_a_permission_need_no_network() -> None:
-    source, shape = _configuration(BackboneConfig(name="meta-llama/Llama-2-7b-hf", pretrained=False))
+    source, shape = configuration(BackboneConfig(name="meta-llama/Llama-2-7b-hf", pretrained=False))
     assert source == "llama" and (shape.hidden_size, shape.num_hidden_layers, shape.vocab_size) == (4096, 32, 32000)
-    _, cut = _configuration(BackboneConfig(name="meta-llama/Llama-2-7b-hf", pretrained=False, config={"vocab_size": 8}))
+    _, cut = configuration(BackboneConfig(name="meta-llama/Llama-2-7b-hf", pretrained=False, config={"vocab_size": 8}))
     assert cut.vocab_size == 8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from netllm_pl import backbone as backbone_module
+from netllm_pl import loading
 from netllm_pl.backbone import Backbone, BackboneConfig, LoRA, layers_of, placed
 from netllm_pl.checkpoint import KEY, identity, load_task, trained_names
 from netllm_pl.export import export
@@ -125,9 +125,9 @@ def test_large_models_are_drawn_like_this_and_small_ones_as_ever(monkeypatch: py
     count = sum(weight.numel() for weight in inner_model(at_once(config(lora=None))).parameters()) + 64 * 64
     found = {where: at_once(config(draw_on=where)).fingerprint for where in (None, "cpu", "anywhere")}
     assert found[None] == found["cpu"] != found["anywhere"]
-    monkeypatch.setattr(backbone_module, "LARGE", count)
+    monkeypatch.setattr(loading, "LARGE", count)
     assert at_once(config(draw_on=None)).fingerprint == found["anywhere"]
-    monkeypatch.setattr(backbone_module, "LARGE", count + 1)
+    monkeypatch.setattr(loading, "LARGE", count + 1)
     assert at_once(config(draw_on=None)).fingerprint == found["cpu"]
 
 
