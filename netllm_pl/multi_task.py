@@ -222,6 +222,11 @@ class MultiTaskData(NetDataModule):
             settings = _merged(part["init_args"] | given, changes.get(name, {}))
             self.parts[name] = _made(NetDataModule, part["class_path"], settings, "data module")
 
+    def setup(self, stage: str) -> None:
+        """Let the tasks' data know the trainer: how many batches all processes evaluate, and who holds weights."""
+        for part in self.parts.values():
+            part.trainer = self.trainer
+
     def dataset(self, split: str) -> BatchedDataset:
         """There is no data set of all tasks."""
         raise self._apart()

@@ -118,6 +118,23 @@ def test_each_task_comes_out_as_a_checkpoint_of_its_own(files: list[str], tmp_pa
             assert torch.equal(one, two)
 
 
+def test_processes_evaluate_as_many_batches_as_one_does(files: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each task: a number that the trainer was told is that of all processes together."""
+    model, data = made(files)
+    data.trainer = pl.Trainer(accelerator="cpu", limit_val_batches=2, logger=False, enable_checkpointing=False)
+    data.trainer.strategy.connect(model)
+    data.setup("fit")
+    expected = [[index for batch in loader.sampler for index in batch] for loader in data.val_dataloader()]
+    assert [len(loader) for loader in data.val_dataloader()] == [2, 1]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    shares: list[list[list[int]]] = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        shares.append([[index for batch in loader.sampler for index in batch] for loader in data.val_dataloader()])
+    assert [sorted(one + two) for one, two in zip(*shares, strict=True)] == expected
+
+
 def test_one_adapter_for_all_learns_from_all(files: list[str], tmp_path: Path) -> None:
     model, data = made(files, shared_adapter=True)
     one, two = (model.part(name).backbone for name in TASKS)
