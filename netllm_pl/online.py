@@ -25,7 +25,7 @@ class OnlineTask(PlayingTask, DecisionTask):
     arXiv:1807.02264), so there is no critic. A task derives from this and from its offline class, calls that one's
     constructor and `online`, and brings `environment`.
 
-    Logged beside the rest: ``train/playing_share``, the share of the time of a step that playing took, and
+    Logged beside the rest: ``cost/playing_share``, the share of the time of a step that playing took, and
     ``train/reward``, the mean reward of a step of an episode.
     """
 
@@ -64,7 +64,7 @@ class OnlineTask(PlayingTask, DecisionTask):
             loss = self.improve(len(steps["action"]), lambda part, weight: self._surrogate(steps, part, weight))
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/reward", float(played.rewards[played.alive].mean()), prog_bar=True)
-        self.log("train/playing_share", (middle - began) / (now() - began))
+        self.log("cost/playing_share", (middle - began) / (now() - began))
         return loss
 
     def _play(self, sessions: list[int]) -> Rollout:

@@ -165,7 +165,7 @@ def _time_to_quality(plan: Plan, part: Part, runs: Mapping[str, Sequence[Run]]) 
             if metric not in one.curves or ticks is None:
                 continue
             shown = one.curves[["step", metric]].dropna()
-            share = one.curves.get("train/playing_share")
+            share = one.curves.get("cost/playing_share")
             values = shown[metric].to_numpy() * (1 if more else -1)
             playing = float("nan") if share is None else float(share.mean())
             curves.setdefault(name, []).append((np.interp(shown["step"], *ticks), values, playing))
