@@ -41,6 +41,8 @@ PARTS = ("published", "training", "batches", "answers", "rollout", "ceilings", "
 """What is measured, the published way first; ``answers`` are decisions or predictions."""
 MORE = ("batches", "quantised")
 """Parts of which a CPU is asked only by name: what they show is of GPUs, and takes long there."""
+LARGER = (1, 4, 8)
+"""Sizes of batches that are tried, in those of the config."""
 ABOUT = ("format", "environment", "settings", "ratios")
 """Parts of the file that the table leaves out, or prints in its own way."""
 
@@ -100,7 +102,7 @@ def run(
             found["training"], device = training_or_plain(task, data, repeats, quick, settings)
     if "batches" in parts:
         with status("training with larger batches"), nothing_recomputed(task):
-            sizes = [data.batch_size * factor for factor in (1, 4)]
+            sizes = [data.batch_size * factor for factor in LARGER]
             found["batches"] = training_batches(task, data, sizes, repeats, quick, settings)
     task.to(device).eval()
     if "answers" in parts and isinstance(task, ActingTask):

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netllm_pl.acting import ActingTask, evaluating
+from netllm_pl.attention import RING, shared_heads
 from netllm_pl.cpu_decoder import decoder_of
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
@@ -28,8 +28,6 @@ from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import Line, StepTokens, follow, lay_out, visible
 from netllm_pl.task import NetTask
 
-RING = "netllm_pl_ring"
-"""Name of the attention below among those of transformers."""
 FAR = 2**40
 """Empty places hold a step so far back that no context reaches it."""
 ALIGNED = 16
@@ -73,23 +71,6 @@ class Parcel:
 
 
 # Keys and values in fixed places --------------------------------------------------------------------------------------
-
-
-def _ring_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Write new keys and values to their places, and attend to all places that the mask shows."""
-    if not hasattr(module, "ring_keys"):  # at the first pass, which is not compiled
-        shape = (*key.shape[:2], module.ring_size, key.shape[3])
-        module.ring_keys, module.ring_values = key.new_zeros(shape), value.new_zeros(shape)
-    module.ring_keys.index_copy_(2, module.ring_slots, key)
-    module.ring_values.index_copy_(2, module.ring_slots, value)
-    attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    output: tuple[Tensor, None] = attend(module, query, module.ring_keys, module.ring_values, attention_mask, **kwargs)
-    return output
-
-
-ALL_ATTENTION_FUNCTIONS.register(RING, _ring_attention)
 
 
 class Stream:
@@ -153,6 +134,7 @@ class Stream:
             if hasattr(module, "layer_idx"):
                 module.ring_size, module.ring_slots = size, self.slots  # type: ignore[assignment]  # read above
         self.model.config._attn_implementation = RING
+        self.shared_heads = shared_heads(self.model)
 
     def _first_pass(self) -> bool:
         """Allocate the ring; tell whether all layers use it, as those of some architectures do not."""
@@ -198,8 +180,8 @@ class Stream:
         """Encode what is seen, and find its tokens their places.
 
         Returns:
-            (N, K, d_model) the tokens; (1, 1, K, T) which places each one sees, as the model takes it; (N, K) where
-            they stand; and the state among them.
+            (N, K, d_model) the tokens; (1, 1, K, T), or of all heads that share keys and values (1, 1, G K, T), which
+            places each one sees, as the model takes it; (N, K) where they stand; and the state among them.
         """
         task, batch = self.task, self.parcel.batch
         state = task.state_tokens(batch)
@@ -219,6 +201,7 @@ class Stream:
             return new.values, seen, new.positions, state
         assert task.backbone is not None
         dtype = task.backbone.dtype
+        seen = seen.repeat(1, 1, self.shared_heads, 1)
         mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -math.inf)
         return new.values.to(dtype), mask, new.positions, state
 

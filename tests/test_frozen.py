@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netllm_pl import cpu_decoder, frozen
 from netllm_pl import task as task_module
+from netllm_pl.attention import causal
 from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
-from netllm_pl.graphs import Captured, Places
+from netllm_pl.graphs import Captured, LearningGraph, Places
 from netllm_pl.joined import Part
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import rollout
@@ -97,6 +99,37 @@ def test_compiled_layers_learn_alike(architecture: str, checkpointing: bool, com
         with torch.no_grad():
             torch.testing.assert_close(model(tokens[:3, :7]), plain(tokens[:3, :7]), rtol=0, atol=1e-5)
     assert graphs(compiled) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gpt2", "opt"])
+def test_a_captured_step_learns_alike_without_a_mask(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is captured on a GPU runs here as it is; heads that share keys and values, too."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda module, samples, **given: module)
+    model = twins(architecture)[0]
+    tokens = torch.randn(4, 12, 32, requires_grad=True)
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    plain = model(tokens)
+    expected = torch.autograd.grad(plain.square().mean(), [tokens, *learning])
+    seen: list[Any] = []
+    for name in ("netllm_pl_causal", "sdpa"):
+        attend = ALL_ATTENTION_FUNCTIONS[name]
+        monkeypatch.setitem(
+            ALL_ATTENTION_FUNCTIONS._global_mapping, name,
+            lambda *given, name=name, attend=attend, **more: seen.append((name, given[4])) or attend(*given, **more),
+        )  # fmt: skip
+    with causal(model.model) as maskless:
+        found = LearningGraph(model.model)(tokens, None, torch.arange(12)[None])
+    assert maskless and found is not None and set(seen) == {("netllm_pl_causal", None), ("sdpa", None)}
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
+    gradients = torch.autograd.grad(found.square().mean(), [tokens, *learning])
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    assert model.model.config._attn_implementation == "sdpa"
+
+
+def test_other_implementations_of_attention_keep_their_mask() -> None:
+    with causal(Backbone(tiny_backbone(attention="eager")).model) as maskless:
+        assert not maskless
 
 
 def streaming_data(**settings: Any) -> AdaptiveBitrateData:

@@ -181,7 +181,9 @@ def test_decisions_are_those_of_the_plain_path(
     monkeypatch.setattr(cpu_decoder, "MOST", 3 * 4 if own_layers else 0)
     task = make(architecture, context=context, target_return=-5.0, **extra)
     same(task)
-    assert (streaming._STREAMS[task][0].decoder is not None) == own_layers
+    (stream,) = streaming._STREAMS[task]
+    assert (stream.decoder is not None) == own_layers
+    assert own_layers or stream.shared_heads == (2 if known else 1), "keys and values are not copied for each head"
 
 
 def test_with_published_tokens_and_no_adapter() -> None:
