@@ -296,8 +296,10 @@ class Plan:
         return Policy(name, {s: str(p if p.suffix == ".ckpt" else p / (file or BEST)) for s, p in paths.items()}, run)
 
     def _evaluate(self, name: str, part: Part, setting: str) -> None:
-        for group in part.policies:
-            chosen = [self._policy(each.strip()) for each in group.split(",")]
+        groups = [[self._policy(each.strip()) for each in group.split(",")] for group in part.policies]
+        # The reference first: without it a study that was stopped has nothing to report.
+        order = sorted(range(len(groups)), key=lambda k: all(policy.name != part.reference for policy in groups[k]))
+        for chosen, group in ((groups[k], part.policies[k]) for k in order):
             needs = [job for policy in chosen if policy.run is not None for job in self._add(policy.run)]
             weights = ",".join(path for policy in chosen for path in policy.weights.values())
             folder = self.place(name, setting, group)
