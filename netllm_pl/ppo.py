@@ -117,9 +117,12 @@ class PlayingTask(ActingTask):
 
     def entropy_weight(self) -> float:
         """Weight of the entropy now."""
+        return self.falling(*self.entropy)
+
+    def falling(self, start: float, end: float) -> float:
+        """What falls geometrically from the start to the end of training, now."""
         total = float(self.trainer.estimated_stepping_batches)
         done = 0.0 if total == float("inf") else min(self.global_step / total, 1.0)
-        start, end = self.entropy
         return float(start * (end / start) ** done)
 
 

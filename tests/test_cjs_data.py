@@ -186,14 +186,14 @@ def test_no_seed_of_a_drawn_episode_is_that_of_another_split() -> None:
     assert named.first["seed"].tolist() == [11]
 
 
-def test_held_out_queries_are_drawn_in_tests_only() -> None:
+def test_held_out_queries_are_drawn_in_tests_and_no_others_there() -> None:
     own = data(held_out=[2, 3], rules=Rules(jobs=40, executors=8))
     drawn = {}
     for split in ("train", "valid", "test"):
         env = own.simulator(split, "random")
         env.reset([0, 1])
         drawn[split] = set(env.jobs()["query_num"].ravel().tolist())
-    assert drawn == {"train": {1, 4}, "valid": {1, 4}, "test": {1, 2, 3, 4}}
+    assert drawn == {"train": {1, 4}, "valid": {1, 4}, "test": {2, 3}}
 
 
 def test_overlays_change_the_size_of_the_cluster_only(capsys: pytest.CaptureFixture[str]) -> None:

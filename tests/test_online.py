@@ -22,7 +22,7 @@ def data_of() -> AdaptiveBitrateData:
 def task_of(**arguments: Any) -> OnlineBitrate:
     torch.manual_seed(0)
     task = OnlineBitrate(tiny_backbone(), context=3, **{"group": 4, **arguments}).eval()
-    task._trainer = SimpleNamespace(datamodule=data_of(), global_step=5)  # type: ignore[assignment]
+    task._trainer = SimpleNamespace(datamodule=data_of(), global_step=5, estimated_stepping_batches=10)  # type: ignore[assignment]
     return task
 
 
@@ -66,7 +66,58 @@ def test_it_learns_what_pays() -> None:
     assert float(task(steps).softmax(-1)[..., 2].mean()) > before + 0.05
 
 
+def test_targets_of_values_are_the_reward_and_the_best_value_of_the_next_step() -> None:
+    task = task_of(method="dqn", discount=0.9, explore=(1.0, 1.0))
+    played = task._play([1, 2])
+    with torch.no_grad():
+        steps = task._steps(played)
+        targets, values = task._targets(steps).numpy(), task(steps).numpy()
+    rewards = np.maximum(played.rewards.T, -20.0)
+    assert (rewards < -1e-3).any(), "no session stalled"
+    np.testing.assert_allclose(targets[:, -1], rewards[:, -1], rtol=1e-4, atol=1e-5)
+    expected = rewards[:, :-1] + 0.9 * values[:, 1:].max(-1)
+    np.testing.assert_allclose(targets[:, :-1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exploring_falls_and_the_rest_is_greedy() -> None:
+    """With few random actions nearly all are the best ones of the scores, as in use."""
+    task = task_of(method="dqn", explore=(0.5, 0.02))
+    share = []
+    for done in (0, 100):
+        task._trainer = SimpleNamespace(datamodule=data_of(), global_step=done, estimated_stepping_batches=100)  # type: ignore[assignment]
+        played = task._play([1] * 50)
+        with torch.no_grad():
+            best = task(task._steps(played)).argmax(-1).numpy().T
+        share.append(float((played.actions == best).mean()))
+    assert share[0] == pytest.approx(0.5 + 0.5 / 6, abs=0.05) and share[1] == pytest.approx(0.98 + 0.02 / 6, abs=0.01)
+
+
+def test_values_learn_what_pays_from_what_is_remembered() -> None:
+    task = task_of(method="dqn", discount=0.1, explore=(1.0, 1.0), remembered=2)
+    for number in range(3):
+        steps = task._steps(task._play([number + 1] * 20))
+        steps["paid"] = torch.where(steps["action"] == 2, 1.0, -1.0) + number * 1e-3
+        some = task._remember(steps)
+    assert len(task.memory) == 2 and len(some["action"]) == 80
+    assert {round(value % 1, 3) for value in some["paid"].unique().tolist()} == {0.001, 0.002}, "the oldest is gone"
+    optimizer = torch.optim.Adam([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(30):
+        with torch.no_grad():
+            some["target"] = task._targets(some)
+        optimizer.zero_grad()
+        task._error(some, torch.arange(80)).backward()
+        optimizer.step()
+    assert (task(some).argmax(-1) == 2).float().mean() > 0.9
+    again, kept = task_of(method="dqn", remembered=2), {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(kept)
+    again.on_load_checkpoint(kept)
+    for mine, theirs in zip(again.memory, task.memory, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
 def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match=r"remembered is 0 \(at least 1\), explore \(0.5, 0.02\)"):
+        OnlineBitrate(tiny_backbone(), method="dqn", remembered=0)
     with pytest.raises(UserError, match="group is 1; it must be at least 2"):
         OnlineBitrate(tiny_backbone(), group=1)
     with pytest.raises(UserError, match=r"set data\.experience to null"):

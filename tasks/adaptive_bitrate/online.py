@@ -2,7 +2,7 @@
 
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.errors import UserError
-from netllm_pl.online import OnlineTask
+from netllm_pl.online import Method, OnlineTask
 from netllm_pl.task import OptimizerConfig
 from tasks.adaptive_bitrate.data import AdaptiveBitrateData
 from tasks.adaptive_bitrate.simulator import Simulator
@@ -10,7 +10,7 @@ from tasks.adaptive_bitrate.task import AdaptiveBitrate
 
 
 class OnlineBitrate(OnlineTask, AdaptiveBitrate):
-    """`AdaptiveBitrate` that learns by playing, with PPO (Schulman et al., 2017, arXiv:1707.06347).
+    """`AdaptiveBitrate` that learns by playing, with PPO (Schulman et al., 2017, arXiv:1707.06347) or DQN.
 
     Set ``data.experience`` to null: then ``data.batch_size`` is the number of groups of sessions in a step, and
     ``data.sessions`` that of groups in an epoch.
@@ -31,6 +31,9 @@ class OnlineBitrate(OnlineTask, AdaptiveBitrate):
         clip: Bound on the change of a probability, as a share.
         entropy: Weight of the policy's entropy at the start and at the end of training; it falls geometrically.
         rollout_every: Validations between two evaluations by rollout.
+        method: ``ppo``; or ``dqn`` (Mnih et al., 2015), which takes no clip and no entropy.
+        explore: Of DQN, the share of random actions at the start and at the end of training; it falls geometrically.
+        remembered: Of DQN, the steps whose sessions are remembered.
     """
 
     def __init__(
@@ -50,12 +53,15 @@ class OnlineBitrate(OnlineTask, AdaptiveBitrate):
         clip: float = 0.2,
         entropy: tuple[float, float] = (0.1, 0.002),
         rollout_every: int = 1,
+        method: Method = "ppo",
+        explore: tuple[float, float] = (0.5, 0.02),
+        remembered: int = 8,
     ) -> None:
         AdaptiveBitrate.__init__(
             self, backbone, optimizer, levels, history, lookahead, 0.0, context, width=width, head_width=head_width,
             rollout_every=rollout_every,
         )  # fmt: skip
-        self.online(group, discount, epochs, minibatches, clip, entropy)
+        self.online(group, discount, epochs, minibatches, clip, entropy, method, explore, remembered)
 
     def environment(self, split: str) -> Simulator:
         """Return the split's own sessions; in training, random ones."""

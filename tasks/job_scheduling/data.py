@@ -25,7 +25,7 @@ from tasks.job_scheduling.batch import EXTRA, JOBS, NODES
 from tasks.job_scheduling.heuristics import adviser
 from tasks.job_scheduling.planning import Lookahead, Planner, Valued
 from tasks.job_scheduling.simulator import Rules, Simulator
-from tasks.job_scheduling.splits import check_seeds, first_seed, named_workload, place_of, without
+from tasks.job_scheduling.splits import check_seeds, drawn, first_seed, named_workload, place_of
 from tasks.job_scheduling.synthetic import SyntheticWorkload
 from tasks.job_scheduling.tables import Logged, episode_table, job_table, step_table, task_table
 from tasks.job_scheduling.workloads import Workload
@@ -47,7 +47,8 @@ class JobSchedulingData(DecisionData):
             jobs.
         test_seeds: Seeds of the test episodes: each draws the jobs, and the durations of their tasks.
         valid_seeds: Those of the validation episodes. Training episodes have other seeds, whatever `collect` draws.
-        held_out: Queries whose jobs appear in test episodes only.
+        held_out: Queries of which test episodes draw all their jobs, and no other split any; empty lets all splits draw
+            from all queries, as published.
         data_dir: Folder that holds cjs/; else NETLLM_DATA, else where `fetch` puts data.
         weights_dir: Folder of the published Decima weights (decima.npz); null looks for ``weights`` in and beside the
             data's folder.
@@ -118,9 +119,7 @@ class JobSchedulingData(DecisionData):
         check_split(split)
         if split not in self._read:
             workload = named_workload(self.source, split, self.root, self.synthetic)
-            # Checked in each split: a misspelt query would else be found after the training.
-            kept = without(workload, self.held_out)
-            self._read[split] = workload if split == "test" else kept
+            self._read[split] = drawn(workload, split, self.held_out)
         return self._read[split]
 
     # Playing ----------------------------------------------------------------------------------------------------------
@@ -135,8 +134,8 @@ class JobSchedulingData(DecisionData):
         """
         if mode not in ("fixed", "random"):
             raise unknown("mode", mode, ("fixed", "random"))
-        drawn = mode == "random" or split == "train"
-        return Simulator(self.workload(split), self.rules, first_seed(split) if drawn else 0, adviser=self.adviser)
+        first = first_seed(split) if mode == "random" or split == "train" else 0
+        return Simulator(self.workload(split), self.rules, first, adviser=self.adviser)
 
     def logged(self, env: Simulator) -> Simulator:
         """Let a simulator tell of its observations, too."""

@@ -49,22 +49,24 @@ def place_of(name: str, root: Path) -> Path:
     raise unknown("workload", name, ("synthetic", "tpch"), "The path of a Parquet file or of a folder is one too.")
 
 
-def without(workload: Workload, queries: Sequence[int]) -> Workload:
-    """Return a workload of whose jobs those of some queries are never drawn.
+def drawn(workload: Workload, split: str, held_out: Sequence[int]) -> Workload:
+    """Return a workload whose test jobs are of the held-out queries, and those of other splits of all the others.
 
     Raises:
         UserError: There is no such query, or none would be left.
     """
     known = np.unique(workload.queries)
-    strange = sorted(set(queries) - set(known.tolist()))
+    strange = sorted(set(held_out) - set(known.tolist()))
     if strange:
         raise UserError(
             f"data.held_out: there is no query {strange[0]}; the workload has {', '.join(map(str, known.tolist()))}"
         )
-    kept = ~np.isin(known, queries)
-    if not kept.any():
+    if not held_out:
+        return workload
+    held = np.isin(known, held_out)
+    if held.all():
         raise UserError("data.held_out names all queries of the workload; leave some to train on")
-    return replace(workload, table=workload.table[:, kept])
+    return replace(workload, table=workload.table[:, held if split == "test" else ~held])
 
 
 def first_seed(split: str) -> int:
