@@ -18,7 +18,7 @@ from netllm_pl.decision import DecisionTask, LanguageModelPolicy
 from netllm_pl.errors import UserError
 from netllm_pl.ppo import PlayingTask, advantages, clipped, standardized
 from netllm_pl.ragged import as_tensor
-from netllm_pl.rollout import Policy, Rollout, rollout
+from netllm_pl.rollout import Policy, Rollout, reseed, rollout
 from netllm_pl.timing import now
 
 Method = Literal["ppo", "dqn"]
@@ -97,7 +97,7 @@ class OnlineTask(PlayingTask, DecisionTask):
         policy: Policy = LanguageModelPolicy(self, draw=self.method == "ppo")
         if self.method == "dqn":
             policy = Explore(policy, self.falling(*self.explore), env.sample)
-        policy.reseed(self.global_step)
+        reseed(policy, self.global_step)
         return rollout(env, policy, np.repeat(sessions, self.group).tolist(), record=True)
 
     def _steps(self, played: Rollout) -> Batch:
