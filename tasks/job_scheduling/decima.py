@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from netllm_pl.encoders import Graphs, pack_graphs, padded
 from netllm_pl.encoders.graph import MessagePassing, sum_by
 from netllm_pl.heads import IMPOSSIBLE
-from netllm_pl.ragged import LENGTH, observed, starts_of
+from netllm_pl.ragged import LENGTH, group_of, observed, starts_of
 from netllm_pl.rollout import Observations
 from netllm_pl.weights import array_of, fill, read_weights
 
@@ -116,12 +116,14 @@ class DecimaNet(nn.Module):
         """
         first = graphs.nodes[graphs.first_nodes[jobs], :JOB_FEATURES]
         told = torch.cat([first, embedded.jobs[jobs], embedded.groups[graphs.group[jobs]]], dim=1)
-        count = torch.arange(int(caps.max()) if len(caps) else 0, device=caps.device)
+        # Only what is possible is scored: most of the executors of a cluster are at work, so that a cap is small.
+        row = group_of(caps, int(caps.sum()))
+        count = torch.arange(len(row), device=caps.device) - starts_of(caps)[row]
         everyone = torch.where(caps > 0, (caps / first[:, 0]).round(), 1)
-        share = (count / everyone[:, None]).unsqueeze(-1)
-        scores = self.executors(torch.cat([told.unsqueeze(1).expand(-1, len(count), -1), share], dim=2))[..., 0]
-        masked: Tensor = scores.float().masked_fill(count >= caps[:, None], IMPOSSIBLE)
-        return masked
+        scores = self.executors(torch.cat([told[row], (count / everyone[row])[:, None]], dim=1))[:, 0]
+        lines, real = padded(scores.float(), caps)
+        assert real is not None
+        return lines.masked_fill(~real, IMPOSSIBLE)
 
     def forward(self, graphs: Graphs, stages: Tensor, caps: Tensor) -> tuple[Tensor, Tensor]:
         """Score everything at once.
