@@ -187,7 +187,7 @@ def collect(
         if sequential and parts.missing(rounds) != [rounds]:
             parts.forget()  # they cannot be gone on from in the middle
         gaps = [] if merge else parts.missing(rounds if shard is None else shard.of(len(rounds)))
-        left = sum(map(len, gaps)) * size
+        left = sum(min(size, episodes - number * size) for gap in gaps for number in gap)
         if gaps and left < episodes and shard is None:
             say(f"going on: {episodes - left} of {episodes} episodes are in {parts.folder}")
         began = monotonic()

@@ -16,6 +16,7 @@ from netllm_pl.task import OptimizerConfig
 from netllm_pl.testing import check_player
 from tasks.job_scheduling import Decima, JobSchedulingData
 from tasks.job_scheduling.decima import PUBLISHED, DecimaNet, DecimaPolicy
+from tasks.job_scheduling.decima_kernel import KernelPolicy
 from tasks.job_scheduling.learned_baselines import chances_of
 from tasks.job_scheduling.playing import Players, centred, joined, play
 from tasks.job_scheduling.simulator import Rules, Simulator
@@ -96,6 +97,33 @@ def test_the_same_jobs_are_played_differently(env: Simulator) -> None:
     assert returns[0] != returns[1]
     again = play(net(), env, [5], [2])
     assert again.rewards.sum() == pytest.approx(returns[1]), "an episode depends on its seeds alone"
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_compiled_decisions_are_those_of_the_network(env: Simulator, linked: bool) -> None:
+    class Given:
+        def uniforms(self) -> np.ndarray:
+            return drawn.pop(0)
+
+    rng, model = np.random.default_rng(0), net(2)
+    policy, kernel = DecimaPolicy(model), KernelPolicy(model, Given())
+    policy.env = Given()
+    observations, over, seen = env.reset([1, 2, 3]), np.zeros(3, bool), 0
+    while not over.all():
+        told = dict(observations)
+        if not linked:
+            told["edges"] = np.array([*(edges[:0] for edges in told["edges"]), None], object)[:3]
+            told["heights"] = np.array([*(0 * heights for heights in told["heights"]), None], object)[:3]
+        both = [rng.random(3), rng.random(3)]
+        drawn = [*both, *both]
+        actions = policy.act(told)
+        assert np.array_equal(kernel.act(told)[~over], actions[~over])
+        observations, _, over, _ = env.step(actions)
+        seen += int((~over).sum())
+    assert seen > 100
+    told["stages"][1] = told["stages"][1][:0]
+    drawn = [*both]
+    assert kernel.act(told)[1].tolist() == [-1, 1]
 
 
 def test_rewards_are_the_jobs_in_the_system_over_time(env: Simulator) -> None:

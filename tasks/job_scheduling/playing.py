@@ -16,7 +16,8 @@ from torch import nn
 
 from netllm_pl.ragged import LENGTH
 from netllm_pl.rollout import Array, Observations, rollout
-from tasks.job_scheduling.decima import READ, DecimaNet, DecimaPolicy
+from tasks.job_scheduling.decima import READ, DecimaNet
+from tasks.job_scheduling.decima_kernel import KernelPolicy
 from tasks.job_scheduling.simulator import Simulator
 
 Floats = npt.NDArray[np.float64]
@@ -44,8 +45,7 @@ class _Player:
     """Draws actions from streams that are not those of the environment: episodes of a group differ in nothing else."""
 
     def __init__(self, net: DecimaNet, draws: Sequence[int]) -> None:
-        self.policy = DecimaPolicy(net)
-        self.policy.env = self
+        self.policy = KernelPolicy(net, self)
         self.streams = [np.random.default_rng(draw) for draw in draws]
         self.times: list[Array] = []
 
