@@ -11,7 +11,6 @@ import numpy as np
 from netllm_pl import __version__
 from netllm_pl.errors import UserError
 from netllm_pl.parts import Parts, Shard
-from netllm_pl.paths import weights_of
 from netllm_pl.pool_format import MANIFEST, PoolWriter, refuse_existing
 from netllm_pl.pool_join import join_pools
 from netllm_pl.progress import progress, say, status
@@ -163,7 +162,7 @@ def collect(
     if values is not None:
         env = data.label(env, values)
     depends = {**made_by, "episodes": episodes, "content": data.fingerprint(split)}
-    depends |= {"weights": weights_of(shares), "version": __version__}
+    depends |= {"weights": data.made_of(shares), "version": __version__}
     cure = "play them with --shard i/n, or all that is left by the same command without --merge"
     parts = Parts(out.with_name(f"{out.name}.parts"), depends, "collection", cure)
     if not parts.complete(len(rounds)):  # else the pool was written, and the call ended before it cleared away

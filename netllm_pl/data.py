@@ -2,7 +2,7 @@
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.parts import Shard
+from netllm_pl.paths import weights_of
 from netllm_pl.processes import rank, world
 from netllm_pl.rollout import Environment, Rollout
 
@@ -284,6 +285,13 @@ class NetDataModule(pl.LightningDataModule, ABC):
 
             return load_task(path, "cuda" if torch.cuda.is_available() else "cpu")
         raise unknown("policy", name, self.baselines, "The path of a checkpoint or of an exported folder is one too.")
+
+    def made_of(self, names: Collection[str]) -> dict[str, str]:
+        """What policies depend on, such as hashes of the files that they are read from.
+
+        What was recorded, or left by an interrupted command, is taken only where it is the same.
+        """
+        return weights_of(names)
 
     def simulator(self, split: str, mode: str = "fixed") -> Environment:
         """Return the simulator of a split; decision tasks override this.

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -18,7 +18,7 @@ from netllm_pl.bootstrap import Metric, compare_pairs, summarise
 from netllm_pl.errors import UserError
 from netllm_pl.parquet import read_table
 from netllm_pl.parts import Parts, Shard
-from netllm_pl.paths import atomic, weights_of
+from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.run_folder import RESULTS, free_place
 
@@ -40,6 +40,9 @@ class Evaluable(Protocol):
 
     def policy(self, name: str) -> Any:
         """The policy of a name; an unknown name is a `UserError`."""
+
+    def made_of(self, names: Collection[str]) -> dict[str, str]:
+        """What policies depend on, such as hashes of files."""
 
     def fingerprint(self, split: str) -> str:
         """Hash of what the episodes of a split depend on beside the arguments; empty if of nothing."""
@@ -175,7 +178,7 @@ class _Work:
         self.seconds = 0.0
         depends = {
             "data": {"class_path": type(data).__name__, "init_args": dict(getattr(data, "hparams", {}))},
-            "content": data.fingerprint("test"), "policies": list(policies), "weights": weights_of(policies),
+            "content": data.fingerprint("test"), "policies": list(policies), "weights": data.made_of(policies),
             "steps": steps, "version": __version__,
         }  # fmt: skip
         cure = "run them with --shard i/n, or all that is left by the same command without --merge"

@@ -44,13 +44,20 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def weights_of(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of those of some names that are files, such as checkpoints; of folders, of the weights in them."""
+def weights_of(names: Iterable[str], published: Path | None = None) -> dict[str, str]:
+    """SHA-256 of what policies are read from.
+
+    Args:
+        names: Of policies. One that is a file, such as a checkpoint, is read; of a folder the weights in it.
+        published: Folder of published weights, ``NAME.npz``.
+    """
     found: dict[str, str] = {}
     for name in names:
         path = Path(name)
-        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-        found |= {str(file): file_sha256(file) for file in files}
+        files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        if published is not None:
+            files.append(published / f"{name.removesuffix('_argmax')}.npz")
+        found |= {str(file): file_sha256(file) for file in files if file.is_file()}
     return found
 
 

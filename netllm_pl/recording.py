@@ -3,14 +3,13 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from netllm_pl import __version__
 from netllm_pl.collect import collect, parse_mixture
 from netllm_pl.errors import UserError
 from netllm_pl.experience import Pool, read_pool
-from netllm_pl.paths import cache_dir, file_sha256
+from netllm_pl.paths import cache_dir
 from netllm_pl.pool_format import VERSION
 
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ def recorded(data: "NetDataModule", experience: Experience, split: str, content:
         content: What the episodes depend on beside the policies, such as a hash of the traces.
     """
     shares = parse_mixture(experience.policies)
-    checkpoints = [file_sha256(Path(name)) for name in shares if Path(name).is_file()]
-    told = [type(data).__name__, split, content, asdict(experience), checkpoints, VERSION, __version__]
+    told = [type(data).__name__, split, content, asdict(experience), data.made_of(shares), VERSION, __version__]
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_dir() / "experience" / key
     if not folder.is_dir():

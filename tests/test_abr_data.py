@@ -284,6 +284,26 @@ def test_experience_is_recorded_once_and_again_when_it_would_differ(
     assert len(list((own_cache / "experience").iterdir())) == 5
 
 
+def test_experience_of_published_weights_is_that_of_their_file_and_of_the_seed(
+    data_dir: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    """Another file of the same name is not the same policy; what does not draw is one for all seeds."""
+    weights = data_dir.parent / "weights"
+    if not weights.is_dir():
+        pytest.skip(f"no weights in {weights}")
+
+    def actions(name: str, **arguments: Any) -> torch.Tensor:
+        experience = Experience(policies=name, episodes=4, eval_episodes=1, explore=0.0)
+        return data(experience=experience, weights_dir=str(tmp_path), **arguments).dataset("train")[[0, 1, 2]]["action"]
+
+    (tmp_path / "genet.npz").write_bytes((weights / "genet.npz").read_bytes())
+    first = actions("genet_argmax")
+    assert not torch.equal(actions("genet", seed=1), actions("genet", seed=2))
+    assert torch.equal(actions("genet_argmax", seed=1), first) and len(list((own_cache / "experience").iterdir())) == 3
+    (tmp_path / "genet.npz").write_bytes((weights / "udr_real.npz").read_bytes())
+    assert not torch.equal(actions("genet_argmax"), first)
+
+
 def test_hindsight_values_tell_what_a_level_is_worth(small: AdaptiveBitrateData) -> None:
     """On the last chunk they are the rewards themselves: that of the level that was taken."""
     valued = data(experience=Experience(policies="bba", episodes=2, eval_episodes=1, explore=0.5, values="hindsight"),

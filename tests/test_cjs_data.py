@@ -16,6 +16,7 @@ from netllm_pl.recording import Experience
 from netllm_pl.rollout import Observations
 from netllm_pl.testing import check_environment
 from tasks.job_scheduling import JobSchedulingData
+from tasks.job_scheduling.planning import Lookahead
 from tasks.job_scheduling.simulator import Rules
 from tasks.job_scheduling.synthetic import SyntheticWorkload
 
@@ -252,8 +253,9 @@ def test_recorded_experience_comes_in_windows(own_cache: Path) -> None:
     assert sorted(len(read_pool(folder).episodes) for folder in folders) == [3, 6]
     again = data(window=5).dataset("train")[[0, 1]]
     assert (again["action"] == batch["action"]).all() and len(list((own_cache / "experience").iterdir())) == 2
-    data(window=5, rules=Rules(jobs=5, executors=7)).dataset("train")
-    assert len(list((own_cache / "experience").iterdir())) == 3
+    for number, other in enumerate(({"rules": Rules(jobs=5, executors=7)}, {"lookahead": Lookahead(horizon_s=30.0)})):
+        data(window=5, **other).dataset("train")
+        assert len(list((own_cache / "experience").iterdir())) == 3 + number
 
 
 def test_a_pool_of_other_observations_is_refused(

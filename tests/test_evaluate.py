@@ -1,6 +1,7 @@
 """`evaluate`: intervals, signs, mistakes, files, table."""
 
 import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,9 @@ class Data:
         if name not in ("static", "[linear]"):
             raise UserError(f"unknown policy '{name}'")
         return {"static": 0.0, "[linear]": 1.0}[name]
+
+    def made_of(self, names: Collection[str]) -> dict[str, str]:
+        return {}
 
     def fingerprint(self, split: str) -> str:
         return split

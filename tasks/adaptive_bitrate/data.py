@@ -4,7 +4,7 @@ Shapes: N sessions, T chunks that a policy chose, B samples in a batch, W steps 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,11 +16,11 @@ from netllm_pl.episodes import DecisionData, check_split
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
 from netllm_pl.experience import Pool
-from netllm_pl.paths import data_root, weights_folder
+from netllm_pl.paths import data_root, weights_folder, weights_of
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Rollout
 from netllm_pl.timing import Work
-from tasks.adaptive_bitrate.baselines import NAMES, build
+from tasks.adaptive_bitrate.baselines import NAMES, PENSIEVES, build
 from tasks.adaptive_bitrate.noise import NoisySimulator
 from tasks.adaptive_bitrate.planning import Hindsight, OfflineOptimal
 from tasks.adaptive_bitrate.published_pool import read_published
@@ -177,6 +177,11 @@ class AdaptiveBitrateData(DecisionData):
         if name in NAMES:
             return build(name, self.video(split), self.rules, weights_folder(self.weights_dir, self.root), self.seed)
         return super().policy(name)
+
+    def made_of(self, names: Collection[str]) -> dict[str, str]:
+        """Hashes of checkpoints and of published weights, and the seed of what draws its actions."""
+        drawn = {name: str(self.seed) for name in names if name in PENSIEVES}
+        return weights_of(names, weights_folder(self.weights_dir, self.root)) | drawn
 
     def benchmarks(self) -> dict[str, Work]:
         """List the simulator's speed beside plain Python, decisions of RobustMPC, and hindsight labels."""

@@ -4,7 +4,7 @@ Shapes: N episodes side by side, J jobs of an episode.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +16,7 @@ from netllm_pl.episodes import DecisionData, check_split
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.evaluate import Metric
 from netllm_pl.experience import Pool
-from netllm_pl.paths import data_root, weights_folder
+from netllm_pl.paths import data_root, weights_folder, weights_of
 from netllm_pl.recording import Experience
 from netllm_pl.rollout import Rollout
 from netllm_pl.timing import Work
@@ -149,6 +149,10 @@ class JobSchedulingData(DecisionData):
             return build(name, weights_folder(self.weights_dir, self.root), self.seed)
         return super().policy(name, split)
 
+    def made_of(self, names: Collection[str]) -> dict[str, str]:
+        """Hashes of checkpoints and of published weights."""
+        return weights_of(names, weights_folder(self.weights_dir, self.root))
+
     @property
     def _planning(self) -> Lookahead:
         """How `rollout` looks ahead: further candidates are of use for learning only."""
@@ -208,9 +212,9 @@ class JobSchedulingData(DecisionData):
         return pool
 
     def content(self, split: str) -> str:
-        """Hash of what episodes depend on."""
+        """Hash of what episodes, and what is looked ahead in them, depend on."""
         workload = self.workload(split)
-        digest = hashlib.sha256(repr(self.rules).encode())
+        digest = hashlib.sha256(repr((self.rules, self.lookahead)).encode())
         for field in fields(workload):
             digest.update(np.ascontiguousarray(getattr(workload, field.name)).tobytes())
         return digest.hexdigest()
