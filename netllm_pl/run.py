@@ -60,6 +60,7 @@ class CLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         discover()
+        self._command = args[0]
         self._made: Path | None = None
         try:
             super().__init__(
@@ -80,6 +81,10 @@ class CLI(LightningCLI):
             if self._made is not None:
                 with suppress(OSError):  # something is in it, nearly always
                     self._made.rmdir()
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # a static method there
+        """Name the command that runs only: parsers take a while to build, and those of the others serve nobody."""
+        return {self._command: super().subcommands()[self._command]}
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer; frozen weights come later, where the trainer wants them."""
