@@ -5,10 +5,12 @@ Shapes: N episodes, C candidates.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from netllm_pl.errors import UserError
 from netllm_pl.rollout import Observations, rollout
 from netllm_pl.testing import check_environment
 from tasks.job_scheduling.batch import pick
@@ -227,3 +229,17 @@ def test_values_are_what_candidates_lose_against_the_best(workload: Workload) ->
 def test_a_simulator_with_values_keeps_the_contract(workload: Workload) -> None:
     check_environment(Valued(simulator(workload), AHEAD), [3, 0, 7], lambda seen: seen["advice"])
     assert Valued(simulator(workload), Lookahead(Scheme())).rules == RULES
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"horizon_s": -1.0}, "lookahead.horizon_s is -1.0; expected seconds above 0"),
+        ({"jobs": 0}, "lookahead.jobs is 0; expected 1 or more"),
+        ({"shares": ()}, r"lookahead.shares is \(\); expected one or more above 0, up to 1"),
+        ({"shares": (0.5, 2.0)}, r"lookahead.shares is \(0.5, 2.0\); expected"),
+    ],
+)
+def test_what_no_planner_can_do_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Lookahead(**changes)

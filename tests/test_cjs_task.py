@@ -214,6 +214,12 @@ def measured(task: Any, batch: Batch) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.compute().items()}
 
 
+def test_without_values_regret_is_for_other_actions_than_the_recorded_ones() -> None:
+    batch = {name: value for name, value in first(data()).items() if not name.startswith("values")}
+    found = measured(make(objective="imitation"), batch)
+    assert found["regret"] == pytest.approx(1 - found["accuracy"])
+
+
 @pytest.mark.parametrize("objective", ["values", "imitation"])
 @pytest.mark.parametrize("settings", [{}, {"stage_head": "fixed", "most_stages": 1}])
 def test_the_loss_of_nothing_to_learn_is_zero(objective: Any, settings: dict[str, Any]) -> None:

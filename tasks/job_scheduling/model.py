@@ -288,11 +288,15 @@ def known_values(batch: Batch) -> tuple[Tensor, Tensor]:
 def measure(metrics: MetricCollection, scores: Scores, batch: Batch) -> None:
     """Feed ``accuracy``, the share of recorded actions that score best, and ``regret``.
 
-    The regret is what is lost by the best score among candidates with known values, job-seconds.
+    The regret is what is lost by the best score among candidates with known values, job-seconds; without values every
+    action but the recorded one has a regret of 1.
     """
     target, known = _taken(scores, batch)
-    metrics["accuracy"].update((scores.grid.flatten(2).argmax(-1) == target)[batch["mask"] & known].float())
-    if "values" in batch:
+    hit = (scores.grid.flatten(2).argmax(-1) == target)[batch["mask"] & known].float()
+    metrics["accuracy"].update(hit)
+    if "values" not in batch:
+        metrics["regret"].update(1 - hit)
+    else:
         values, known = known_values(batch)
         chosen = scores.tried.masked_fill(~known, IMPOSSIBLE).argmax(-1)
         lost = values.masked_fill(~known, -1e9).amax(-1) - chosen_of(values, chosen)

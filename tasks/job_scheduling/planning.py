@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from netllm_pl.errors import UserError
 from netllm_pl.kernels import njit
 from tasks.job_scheduling.batch import allocate, pick
 from tasks.job_scheduling.bookkeeping import committable, demand, enter, expected
@@ -55,6 +56,22 @@ class Lookahead:
     shares: tuple[float, ...] = (1.0, 0.5, 0.25)
     extra: int = 0
     margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no planner can do.
+
+        Raises:
+            UserError: A value is out of its range.
+        """
+        for name, fits, wanted in (
+            ("horizon_s", 0 < self.horizon_s < np.inf, "seconds above 0"),
+            ("jobs", self.jobs >= 1, "1 or more"),
+            ("shares", self.shares and all(0 < share <= 1 for share in self.shares), "one or more above 0, up to 1"),
+            ("extra", self.extra >= 0, "0 or more"),
+            ("margin", 0 <= self.margin < np.inf, "0 or more"),
+        ):
+            if not fits:
+                raise UserError(f"lookahead.{name} is {getattr(self, name)}; expected {wanted}")
 
 
 @njit()
