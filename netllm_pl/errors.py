@@ -47,7 +47,7 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
 
 
 def explained(error: BaseException) -> str | None:
-    """Say in one line what to do about a failure that is no bug: memory, a full disk, a package that is missing.
+    """Say in one line what to do about a failure that is no bug: memory, a full disk, a place, a missing package.
 
     Returns:
         None if it is neither.
@@ -63,12 +63,15 @@ def explained(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in _FULL:
             place = f"{cause.filename}: " if cause.filename else ""
             return f"{place}{cause.strerror}; make room, or write elsewhere. What is written is whole"
+        if isinstance(cause, OSError) and cause.errno in _BARRED and cause.filename:
+            return f"{cause.filename}: {cause.strerror}; give a place that can be read and written"
         if isinstance(cause, ModuleNotFoundError) and cause.name:
             return _missing(cause.name.partition(".")[0])
     return None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BARRED = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 _REFUSED = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words for what is a MemoryError elsewhere
 
 

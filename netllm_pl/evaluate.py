@@ -339,5 +339,5 @@ def print_table(
 
 
 def _interval(mean: float, low: float, high: float) -> str:
-    """Write an estimate with its interval, if there is one."""
-    return f"{mean:.3f}" if math.isnan(low) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    """Write an estimate with its interval, if there is one; z is for no zero with a minus."""
+    return f"{mean:z.3f}" if math.isnan(low) else f"{mean:z.3f} [{low:z.3f}, {high:z.3f}]"

@@ -97,6 +97,13 @@ def test_a_full_disk_names_the_file() -> None:
     assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
 
 
+def test_a_place_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes").touch()
+    failing("evaluate", "--config", str(VIEWPORT), "--policies", "static", "--out", str(tmp_path / "notes"))
+    expected = f"error: {tmp_path / 'notes'}/parts: Not a directory; give a place that can be read and written"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
 # Packages -------------------------------------------------------------------------------------------------------------
 
 REQUIRES = [
