@@ -55,7 +55,7 @@ def explained(error: BaseException) -> str | None:
     for cause in _causes(error):
         if type(cause).__name__ == "OutOfMemoryError":  # torch's; it is not imported for its name
             return _out_of_memory(str(cause))
-        if isinstance(cause, MemoryError) or _REFUSED in str(cause):
+        if isinstance(cause, MemoryError) or any(words in str(cause) for words in _REFUSED):
             return (
                 "out of memory; lower data.batch_size or data.eval_batch_size, --parallel of collect, or "
                 "data.num_workers, or let other programs end. What is written is whole: the same command goes on"
@@ -72,7 +72,8 @@ def explained(error: BaseException) -> str | None:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BARRED = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-_REFUSED = "DefaultCPUAllocator: can't allocate memory"  # PyTorch's words for what is a MemoryError elsewhere
+_REFUSED = ("DefaultCPUAllocator: can't allocate memory", "can't start new thread")
+"""Words of PyTorch and of Python's threads for what is a MemoryError elsewhere."""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

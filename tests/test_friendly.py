@@ -83,7 +83,14 @@ def test_a_cause_is_found_behind_other_errors() -> None:
     assert explained(RuntimeError("something else")) is None
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 bytes"),
+        RuntimeError("can't start new thread"),
+    ],
+)
 def test_memory_of_the_machine_that_is_short_gets_a_cure(error: Exception) -> None:
     line = str(explained(error))
     assert line.startswith("out of memory; lower data.batch_size") and "\n" not in line
