@@ -16,9 +16,8 @@ from netllm_pl.task import OptimizerConfig
 from netllm_pl.testing import check_player
 from tasks.job_scheduling import Decima, JobSchedulingData
 from tasks.job_scheduling.decima import PUBLISHED, DecimaNet, DecimaPolicy
-from tasks.job_scheduling.decima_kernel import KernelPolicy
 from tasks.job_scheduling.learned_baselines import chances_of
-from tasks.job_scheduling.playing import Players, centred, joined, play
+from tasks.job_scheduling.playing import KernelPolicy, Players, centred, joined, play
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.synthetic import SyntheticWorkload, generate
 

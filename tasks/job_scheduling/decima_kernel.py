@@ -1,17 +1,11 @@
-"""Decima's decisions in compiled code: for training episodes, where a pass over few small graphs is all overhead.
-
-Shapes: of one observation M nodes, E edges, J jobs and K schedulable stages.
-"""
+"""Decima's decisions in compiled code: for training episodes, where a pass over few small graphs is all overhead."""
 
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from netllm_pl.kernels import njit
-from netllm_pl.rollout import Array, Observations
-from tasks.job_scheduling.decima import JOB_FEATURES, READ, DecimaNet, Draws
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,7 +22,7 @@ class Layers(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Those of a `DecimaNet`."""
+    """Those of a `DecimaNet`; `tasks.job_scheduling.playing` copies them."""
 
     prep: Layers
     message: Layers
@@ -37,40 +31,6 @@ class Weights(NamedTuple):
     group: Layers
     stage: Layers
     executors: Layers
-
-
-def weights_of(net: DecimaNet) -> Weights:
-    """Copy the weights of a network for the kernels."""
-
-    def plain(value: Tensor) -> Floats:
-        return np.array(value.detach().cpu().numpy().T, np.float32, order="C")
-
-    def layers(part: str) -> Layers:
-        return Layers(*(plain(value) for value in net.get_submodule(part).state_dict().values()))
-
-    names = ("passing.prep", "passing.message", "passing.update", "job", "group", "stage", "executors")
-    return Weights(*map(layers, names))
-
-
-class KernelPolicy:
-    """Decides as a `DecimaPolicy` that draws, up to rounding.
-
-    Args:
-        net: The network; its weights are copied.
-        draws: Whose ``uniforms`` are drawn from: for every episode one for the stage, then one for the executors.
-    """
-
-    def __init__(self, net: DecimaNet, draws: Draws) -> None:
-        self.weights, self.draws = weights_of(net), draws
-
-    def act(self, observations: Observations) -> Array:
-        """Choose stage and executors (N, 2); an episode without schedulable stages gets (-1, 1)."""
-        of_stage, of_executors = self.draws.uniforms(), self.draws.uniforms()
-        columns = [observations[name] for name in READ]
-        actions = np.empty((len(of_stage), 2), np.int64)
-        for i, seen in enumerate(zip(*columns, strict=True)):
-            actions[i] = decide(self.weights, *seen, of_stage[i], of_executors[i])
-        return actions
 
 
 @njit(nogil=True)
@@ -91,10 +51,11 @@ def decide(net, nodes, edges, heights, job_nodes, caps, stages, of_stage, of_exe
         scores[k] = squashed(net.stage, inputs)
     k = drawn(scores, of_stage)
     j = owner[stages[k]]
-    told = np.empty(JOB_FEATURES + 2 * size + 1, np.float32)
-    told[:JOB_FEATURES] = nodes[first[j], :JOB_FEATURES]
-    told[JOB_FEATURES : JOB_FEATURES + size] = jobs[j]
-    told[JOB_FEATURES + size : JOB_FEATURES + 2 * size] = group
+    told = np.empty(len(net.executors.w1), np.float32)
+    shared = len(told) - 2 * size - 1  # features that all nodes of a job have in common
+    told[:shared] = nodes[first[j], :shared]
+    told[shared : shared + size] = jobs[j]
+    told[shared + size : shared + 2 * size] = group
     everyone = np.round(caps[j] / nodes[first[j], 0])
     scores = np.empty(caps[j], np.float32)
     for count in range(caps[j]):

@@ -12,12 +12,12 @@ from multiprocessing import get_all_start_methods, get_context, set_forkserver_p
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from netllm_pl.ragged import LENGTH
 from netllm_pl.rollout import Array, Observations, rollout
-from tasks.job_scheduling.decima import READ, DecimaNet
-from tasks.job_scheduling.decima_kernel import KernelPolicy
+from tasks.job_scheduling.decima import READ, DecimaNet, Draws
+from tasks.job_scheduling.decima_kernel import Layers, Weights, decide
 from tasks.job_scheduling.simulator import Simulator
 
 Floats = npt.NDArray[np.float64]
@@ -39,6 +39,40 @@ class Played:
     times: Floats
     rewards: Floats
     alive: npt.NDArray[np.bool_]
+
+
+def weights_of(net: DecimaNet) -> Weights:
+    """Copy the weights of a network for the kernels."""
+
+    def plain(value: Tensor) -> npt.NDArray[np.float32]:
+        return np.array(value.detach().cpu().numpy().T, np.float32, order="C")
+
+    def layers(part: str) -> Layers:
+        return Layers(*(plain(value) for value in net.get_submodule(part).state_dict().values()))
+
+    names = ("passing.prep", "passing.message", "passing.update", "job", "group", "stage", "executors")
+    return Weights(*map(layers, names))
+
+
+class KernelPolicy:
+    """Decides as a `DecimaPolicy` that draws, up to rounding.
+
+    Args:
+        net: The network; its weights are copied.
+        draws: Whose ``uniforms`` are drawn from: for every episode one for the stage, then one for the executors.
+    """
+
+    def __init__(self, net: DecimaNet, draws: Draws) -> None:
+        self.weights, self.draws = weights_of(net), draws
+
+    def act(self, observations: Observations) -> Array:
+        """Choose stage and executors (N, 2); an episode without schedulable stages gets (-1, 1)."""
+        of_stage, of_executors = self.draws.uniforms(), self.draws.uniforms()
+        columns = [observations[name] for name in READ]
+        actions = np.empty((len(of_stage), 2), np.int64)
+        for i, seen in enumerate(zip(*columns, strict=True)):
+            actions[i] = decide(self.weights, *seen, of_stage[i], of_executors[i])
+        return actions
 
 
 class _Player:
