@@ -48,8 +48,8 @@ class MovingAverage(Callback):
             return
         self._step, self._updates = trainer.global_step, self._updates + 1
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
-        for name, average in self._average.items():
-            average.lerp_(self._learning[name], 1 - decay)
+        learning = [self._learning[name] for name in self._average]
+        torch._foreach_lerp_(list(self._average.values()), learning, 1 - decay)  # few kernels for many weights
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate the average."""

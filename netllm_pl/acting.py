@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from netllm_pl.data import Batch
 from netllm_pl.encoders import padded
@@ -93,22 +93,48 @@ class OfflineTask(ActingTask):
         """Loss over the real steps."""
         real = batch["mask"]
         if self.objective == "imitation":
-            return mean(F.cross_entropy(prediction[real], batch["action"][real], reduction="none"))
+            scores, action = torch.where(real.unsqueeze(-1), prediction, 0), torch.where(real, batch["action"], 0)
+            each = F.cross_entropy(scores.flatten(0, 1), action.flatten().long(), reduction="none")
+            return mean(each, real.flatten())
         regrets, known = _regrets(batch)
         known = known & real.unsqueeze(-1)
-        return mean(F.smooth_l1_loss(prediction[known], regrets[known], beta=HUBER, reduction="none"))
+        # Neither padding nor choices that are not allowed have a say, whatever their scores are.
+        scores, regrets = torch.where(known, prediction, 0), torch.where(known, regrets, 0)
+        return mean(F.smooth_l1_loss(scores, regrets, beta=HUBER, reduction="none"), known)
 
     def build_metrics(self) -> MetricCollection:
         """``accuracy``: share of recorded actions that score best; ``regret``: lost by the best score's action."""
-        return MetricCollection({"accuracy": MeanMetric(), "regret": MeanMetric()})
+        return MetricCollection({"accuracy": RealMean(), "regret": RealMean()})
 
     def update_metrics(self, metrics: MetricCollection, prediction: Any, batch: Batch) -> None:
         """Feed the real steps; without action values every action but the recorded one has a regret of 1."""
         real, chosen = batch["mask"], prediction.argmax(-1)
-        hit = (chosen == batch["action"])[real].float()
-        metrics["accuracy"].update(hit)
-        lost = -_regrets(batch)[0].gather(-1, chosen.unsqueeze(-1))[real] if "values" in batch else 1 - hit
-        metrics["regret"].update(lost)
+        hit = (chosen == batch["action"]).float()
+        metrics["accuracy"].update(hit, real)
+        lost = -_regrets(batch)[0].gather(-1, chosen.unsqueeze(-1)).squeeze(-1) if "values" in batch else 1 - hit
+        metrics["regret"].update(lost, real)
+
+
+class RealMean(Metric):
+    """Mean of what is real; torchmetrics' own waits for the GPU at each update."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, real: Tensor | None = None) -> None:
+        """Add values of any shape, and which of them are real, if not all are."""
+        self.total += (values if real is None else torch.where(real, values, 0)).double().sum()
+        self.count += values.numel() if real is None else real.sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean so far."""
+        return (self.total / self.count).float()
 
 
 class Greedy:

@@ -4,8 +4,6 @@ Shapes: N sequences, H heads, G of them share keys and values, K tokens a pass, 
 head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,23 +16,28 @@ RING = "netllm_pl_ring"
 """Keys and values in fixed places, see `netllm_pl.streaming`."""
 
 
-@contextmanager
-def causal(model: Any) -> Iterator[bool]:
-    """Let a model of transformers attend without a mask for a while, also while a graph is captured, if it can.
+def go_maskless(model: Any, wanted: bool, length: int = 0) -> bool:
+    """Let a model of transformers attend without a mask, if it can, or as it did before, in the next passes.
 
-    Yields:
-        Whether it does. Else it needs a whole mask: transformers makes another one while a graph is captured than
-        before.
+    It makes masks of its own by looking at positions, for which a GPU and the program would wait for each other, and
+    other ones while a graph is captured than before.
+
+    Args:
+        model: With or without PEFT's layers.
+        wanted: Whether each token is to see all before it.
+        length: Tokens of a sequence (T); some models see a part of long ones only.
+
+    Returns:
+        Whether it does.
     """
     config = model.config
-    before = config._attn_implementation
-    able = before == "sdpa" and bool(getattr(model, "_supports_attention_backend", False))
-    if able:
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    wanted = wanted and (window is None or length < window)
+    if not wanted and config._attn_implementation == CAUSAL:
+        config._attn_implementation = "sdpa"
+    elif wanted and config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False):
         config._attn_implementation = CAUSAL
-    try:
-        yield able
-    finally:
-        config._attn_implementation = before
+    return bool(config._attn_implementation == CAUSAL)
 
 
 def shared_heads(model: Any) -> int:
@@ -46,8 +49,9 @@ def shared_heads(model: Any) -> int:
 def _causal(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
+    """Attend as ``sdpa`` does, with a mask if there is one: a layer may be recomputed after another pass."""
     attend: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    output: tuple[Tensor, None] = attend(module, query, key, value, None, **{**kwargs, "is_causal": True})
+    output: tuple[Tensor, None] = attend(module, query, key, value, attention_mask, **{**kwargs, "is_causal": True})
     return output
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from netllm_pl.attention import causal
+from netllm_pl.attention import go_maskless
 from netllm_pl.errors import UserError
 from netllm_pl.graphs import LearningGraph, normal_mode
 from netllm_pl.late_weights import Source, Stored, blank, is_put_off
@@ -226,25 +226,26 @@ class Backbone(nn.Module):
         alone = self.causal and cache is None
         graph = alone and learning and self.config.training_graph and tokens.device.type == "cuda"
         model = self._instead[0] if self._instead else self.model
-        fixed = alone and mask is None and (graph or bool(self._instead))
+        captured = alone and mask is None and (graph or bool(self._instead))
         values, size = tokens.to(self.dtype), tokens.shape[1]
-        with causal(model) if fixed else nullcontext(True) as maskless:
-            if not maskless:
-                mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=tokens.device).tril()
-            if fixed and positions is None:  # which some models would else count in the mask
-                extra["position_ids"] = torch.arange(size, device=tokens.device)[None]
-            attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask)
-            hidden = None
-            if graph and (mask is None or mask.dim() == 4):
-                self._graph = self._graph or LearningGraph(self.model)
-                hidden = self._graph(values, attention, extra.get("position_ids"))
-            if hidden is None:
-                # Only training always comes in the same shape; anything else would be compiled again and again.
-                plain = self.config.compile and not learning and not self._instead
-                # Layers that are put together in inference mode could not be used in training.
-                normal = normal_mode() if self.sharded and torch.is_inference_mode_enabled() else nullcontext()
-                with torch.compiler.set_stance("force_eager") if plain else nullcontext(), normal:
-                    hidden = model(inputs_embeds=values, attention_mask=attention, **extra).last_hidden_state
+        maskless = go_maskless(model, alone and mask is None, size)
+        if captured and not maskless:
+            # transformers takes another way while a graph is captured than before, unless it finds a whole mask.
+            mask = torch.ones(1, 1, size, size, dtype=torch.bool, device=tokens.device).tril()
+        if captured and positions is None:  # which some models would else count in the mask
+            extra["position_ids"] = torch.arange(size, device=tokens.device)[None]
+        attention = None if mask is None else mask.long() if mask.dim() == 2 else self._visible(mask, model)
+        hidden = None
+        if graph and (mask is None or mask.dim() == 4):
+            self._graph = self._graph or LearningGraph(self.model)
+            hidden = self._graph(values, attention, extra.get("position_ids"))
+        if hidden is None:
+            # Only training always comes in the same shape; anything else would be compiled again and again.
+            plain = self.config.compile and not learning and not self._instead
+            # Layers that are put together in inference mode could not be used in training.
+            normal = normal_mode() if self.sharded and torch.is_inference_mode_enabled() else nullcontext()
+            with torch.compiler.set_stance("force_eager") if plain else nullcontext(), normal:
+                hidden = model(inputs_embeds=values, attention_mask=attention, **extra).last_hidden_state
         result: Tensor = hidden.float()
         return result
 
@@ -270,9 +271,9 @@ class Backbone(nn.Module):
                 " take shorter sequences or a model with rotary positions such as smollm2-135m"
             )
 
-    def _visible(self, mask: Tensor) -> Tensor:
+    def _visible(self, mask: Tensor, model: nn.Module) -> Tensor:
         """Say which tokens each token sees in the way that the attention implementation understands."""
-        implementation = getattr(self.model, "config")._attn_implementation  # noqa: B009  # not declared by nn.Module
+        implementation = getattr(model, "config")._attn_implementation  # noqa: B009  # not declared by nn.Module
         if implementation == "sdpa":
             return mask
         if implementation != "eager":

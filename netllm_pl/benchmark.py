@@ -41,7 +41,7 @@ PARTS = ("published", "training", "batches", "answers", "rollout", "ceilings", "
 """What is measured, the published way first; ``answers`` are decisions or predictions."""
 MORE = ("batches", "quantised")
 """Parts of which a CPU is asked only by name: what they show is of GPUs, and takes long there."""
-LARGER = (1, 4, 8)
+LARGER = (1, 4, 12)
 """Sizes of batches that are tried, in those of the config."""
 ABOUT = ("format", "environment", "settings", "ratios")
 """Parts of the file that the table leaves out, or prints in its own way."""

@@ -111,6 +111,8 @@ class LearningGraph:
             samples = tuple(torch.randn_like(t) if t.is_floating_point() else t.clone() for t in given)
             samples = tuple(s.requires_grad_(t.requires_grad) for s, t in zip(samples, given, strict=True))
             last = _Last(self.model, mask is not None, positions is not None).train()
+            # Gradients come from a replay, which has been waited for, whatever stream they were once captured on.
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             with uncached_autocast(tokens.device.type):
                 self.run = torch.cuda.make_graphed_callables(last, samples, allow_unused_input=True)  # type: ignore[assignment]
             self.known, self.places = known, Places(self.model)

@@ -20,7 +20,7 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
-def mean(values: Tensor) -> Tensor:
+def mean(values: Tensor, real: Tensor | None = None) -> Tensor:
     """Average values for a loss, so that a step of several processes is that of one with all their samples.
 
     Gradients are averaged over processes, each as much as the others, whatever it has: of 3 windows with 20 real steps
@@ -28,17 +28,21 @@ def mean(values: Tensor) -> Tensor:
     divided by the number of values of all processes, per process; their mean then is the mean of all values.
 
     Args:
-        values: (R,) or any shape; there may be none.
+        values: Any shape; there may be none.
+        real: Of the same shape, which of them count; null takes all. Picking them out would make a GPU and the program
+            wait for each other in every step.
 
     Returns:
         (); the mean of this process's values outside training, 0 if there are none.
     """
-    count = values.numel()
+    if real is not None:
+        values, count = torch.where(real, values, 0), real.sum().float()
+    else:
+        count = torch.full((), float(values.numel()), device=values.device)
     if world() == 1 or not torch.is_grad_enabled():
-        return values.mean() if count else values.sum()
-    total = torch.full((), float(count), device=values.device)
-    dist.all_reduce(total)
-    return values.sum() * (world() / total.clamp_min(1.0))
+        return values.mean() if real is None and values.numel() else values.sum() / count.clamp_min(1.0)
+    dist.all_reduce(count)
+    return values.sum() * (world() / count.clamp_min(1.0))
 
 
 def averaged(value: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from netllm_pl.backbone import Backbone
 from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.decision import DecisionTask
 from netllm_pl.errors import UserError
+from netllm_pl.frozen import SEEN
 from netllm_pl.machine import peak_memory
 from netllm_pl.quantize import weight_count
 from netllm_pl.rollout import Array, Environment, Observations, Policy
@@ -311,6 +312,8 @@ def predictions(task: NetTask, data: NetDataModule, repeats: int, quick: bool) -
             task.predict_step(batch, 0)
             return size
 
+        for _ in range(SEEN):  # behind which such batches are captured
+            predict()
         rates = measure({"batch": Work("predictions", predict)}, repeats, 0.1 if quick else 1.0)["batch"]
     return {"single": latency(measured), "batched": {"batch_samples": size} | rates}
 

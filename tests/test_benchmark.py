@@ -139,7 +139,7 @@ def test_parts_are_chosen_and_larger_batches_and_four_bits_measured_where_asked(
     assert set(found) == {"format", "environment", "settings", "model", "batches", "quantised", "ratios"}
     assert found["model"]["tokens_as_published"] == "with --config " + layout[1].removeprefix(f"{ROOT}/")
     by_batch = found["batches"]["by_batch"]
-    assert [entry["batch_samples"] for entry in by_batch.values()] == [2, 8, 16] == list(map(int, by_batch))
+    assert [entry["batch_samples"] for entry in by_batch.values()] == [2, 8, 24] == list(map(int, by_batch))
     assert found["batches"]["best"] == max(by_batch.values(), key=lambda entry: float(entry["samples_per_s"]))
     assert by_batch["2"]["tokens_per_sample"] == 160, "eight tokens for each of 20 steps"
     assert by_batch["2"]["recompilations"] == 0

@@ -5,14 +5,19 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from netllm_pl import fast_paths, speed
 from netllm_pl.backbone import Backbone, BackboneConfig
 from netllm_pl.fast_paths import hasten, nothing_recomputed, training_or_plain
 from netllm_pl.graphs import uncached_autocast
 from netllm_pl.loading import configuration
+from netllm_pl.recording import Experience
 from netllm_pl.speed import Staying, StepTimer, training_batches
 from netllm_pl.testing import tiny_backbone
+from tasks.adaptive_bitrate import AdaptiveBitrate, AdaptiveBitrateData
+from tasks.adaptive_bitrate.simulator import Rules
+from tasks.adaptive_bitrate.synthetic import SyntheticTraces
 from tasks.viewport_prediction import ViewportPrediction, ViewportPredictionData
 from tasks.viewport_prediction.synthetic import Synthetic
 
@@ -113,6 +118,50 @@ def test_gradients_are_gone_when_the_next_pass_begins(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ViewportPrediction, "training_step", watched)
     found, _ = speed.training(task, data(), 1, True, CPU)
     assert found["steps_measured"] > 1 and not any(held)
+
+
+class Waiting(TorchDispatchMode):
+    """Notes what a GPU and the program would have to wait for each other for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(function)
+        picks = name.startswith("aten.index") and any(
+            index is not None and index.dtype == torch.bool
+            for index in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        if picks or any(part in name for part in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("objective", ["values", "imitation", None])
+def test_a_training_step_waits_for_nothing(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and metrics included: the next kernels are launched while the last ones run."""
+    own: Any = data()
+    task: Any = ViewportPrediction(tiny_backbone(), width=16)
+    if objective is not None:
+        own = AdaptiveBitrateData(
+            synthetic=SyntheticTraces(traces=4, duration_s=60), rules=Rules(chunks=12), window=8, batch_size=4,
+            experience=Experience(policies="bba", episodes=12, eval_episodes=3, values="hindsight"),
+        )  # fmt: skip
+        task = AdaptiveBitrate(tiny_backbone(), width=16, objective=objective)
+    step, waits = type(task).training_step, Waiting()
+    # Only a CPU looks at the numbers here.
+    monkeypatch.setattr(torch.nn.functional, "one_hot", lambda given, count: torch.eye(count).long()[given])
+
+    def watched(self: Any, batch: Any, number: int) -> Any:
+        with waits:
+            return step(self, batch, number)
+
+    monkeypatch.setattr(type(task), "training_step", watched)
+    options: Any = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **CPU}
+    Trainer(max_steps=2, limit_val_batches=0, **options).fit(task, datamodule=own)
+    assert not waits.found
 
 
 def test_mixed_precision_casts_anew_while_a_graph_is_captured() -> None:

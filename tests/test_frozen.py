@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netllm_pl import cpu_decoder, frozen
 from netllm_pl import task as task_module
-from netllm_pl.attention import causal
+from netllm_pl.attention import go_maskless
 from netllm_pl.backbone import Backbone, LoRA
 from netllm_pl.data import Batch
 from netllm_pl.frozen import Predictor, frozen_copy, predict
@@ -117,19 +117,36 @@ def test_a_captured_step_learns_alike_without_a_mask(architecture: str, monkeypa
             ALL_ATTENTION_FUNCTIONS._global_mapping, name,
             lambda *given, name=name, attend=attend, **more: seen.append((name, given[4])) or attend(*given, **more),
         )  # fmt: skip
-    with causal(model.model) as maskless:
-        found = LearningGraph(model.model)(tokens, None, torch.arange(12)[None])
-    assert maskless and found is not None and set(seen) == {("netllm_pl_causal", None), ("sdpa", None)}
+    assert go_maskless(model.model, True)
+    found = LearningGraph(model.model)(tokens, None, torch.arange(12)[None])
+    assert found is not None and set(seen) == {("netllm_pl_causal", None), ("sdpa", None)}
     torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
     gradients = torch.autograd.grad(found.square().mean(), [tokens, *learning])
     for gradient, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
-    assert model.model.config._attn_implementation == "sdpa"
 
 
-def test_other_implementations_of_attention_keep_their_mask() -> None:
-    with causal(Backbone(tiny_backbone(attention="eager")).model) as maskless:
-        assert not maskless
+def test_passes_with_and_without_a_mask_take_turns() -> None:
+    """In any order, and recomputed in the backward pass; other implementations of attention keep their masks."""
+    model = twins(checkpointing=True)[0]
+    tokens, whole = torch.randn(2, 6, 32), torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    narrow = whole.triu(-1)
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def gradients(*masks: Tensor | None) -> list[Tensor]:
+        return list(torch.autograd.grad(sum(model(tokens, mask).square().mean() for mask in masks), learning))
+
+    apart = [gradients(mask) for mask in (whole, narrow)]
+    for masks in ((None, narrow), (narrow, None)):
+        for together, one, other in zip(gradients(*masks), *apart, strict=True):
+            torch.testing.assert_close(together, one + other, rtol=1e-4, atol=1e-6)
+    padded = torch.ones(2, 6, dtype=torch.bool)
+    torch.testing.assert_close(model(tokens, padded), model(tokens), rtol=0, atol=1e-5)
+    assert model.model.config._attn_implementation == "netllm_pl_causal"
+    assert not go_maskless(model.model, False) and model.model.config._attn_implementation == "sdpa"
+    assert not go_maskless(Backbone(tiny_backbone(attention="eager")).model, True)
+    mistral = Backbone(tiny_backbone("mistral", config={"sliding_window": 5})).model
+    assert go_maskless(mistral, True, 4) and not go_maskless(mistral, True, 5)
 
 
 def streaming_data(**settings: Any) -> AdaptiveBitrateData:
