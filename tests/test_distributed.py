@@ -223,8 +223,11 @@ def started(folder: Path, name: str, *launcher: str, **environment: str) -> tupl
     process = subprocess.Popen(
         command, cwd=folder, env=inherited | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    last, deadline = folder / "viewport_prediction" / name / "last.ckpt", time.monotonic() + 120
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+    last, deadline = folder / "viewport_prediction" / name / "last.ckpt", time.monotonic() + 300
+    while not last.exists() and process.poll() is None:
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)  # else it trains on, long behind this test
+            raise AssertionError(f"no checkpoint: {process.communicate()[1]}")
         time.sleep(0.05)
     return process, last
 
