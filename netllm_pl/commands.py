@@ -23,7 +23,7 @@ IGNORED = ("model", *UNUSED)
 def evaluate(args: list[str]) -> None:
     """Run policies on the same test windows or episodes and print one table."""
     from netllm_pl import side_by_side
-    from netllm_pl.evaluate import check, merge_shards, run, run_shard
+    from netllm_pl.evaluate import Evaluation
     from netllm_pl.parts import Shard
 
     parser = task_parser("evaluate", evaluate.__doc__)
@@ -38,17 +38,19 @@ def evaluate(args: list[str]) -> None:
     config, data = _with_data(parser, words, lambda config: config.seed_everything)
     policies = [name.strip() for name in config.policies.split(",") if name.strip()]
     shard = _shard(config)
+    evaluation = Evaluation(data, policies, config.out, config.steps)
     if shard is not None:
-        run_shard(data, policies, config.out, shard, config.steps)
+        evaluation.run_shard(shard)
         return
     if config.devices is not None:
         more = _enough_batches(data, config.devices)
         if more:
             config, data = _with_data(parser, [*words, *more], lambda config: config.seed_everything)
-        check(data, policies, config.out, Shard(1, config.devices), config.steps)  # a mistake is told once
+            evaluation = Evaluation(data, policies, config.out, config.steps)
+        evaluation.check(Shard(1, config.devices))  # a mistake is told once
         side_by_side.run_shards("evaluate", [*side_by_side.without_devices(args), *more], config.devices)
-    whole = run if not config.merge and config.devices is None else merge_shards
-    whole(data, policies, config.out, steps=config.steps, command="evaluate")
+    whole = evaluation.run if not config.merge and config.devices is None else evaluation.merge
+    whole(command="evaluate")
 
 
 def collect(args: list[str]) -> None:

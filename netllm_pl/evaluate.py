@@ -22,13 +22,13 @@ from netllm_pl.paths import atomic
 from netllm_pl.progress import is_quiet, output, status
 from netllm_pl.run_folder import RESULTS, free_place
 
-__all__ = ["Evaluable", "Metric", "check", "compare_pairs", "print_table", "run", "summarise", "write_results"]
+__all__ = ["Evaluable", "Evaluation", "Metric", "compare_pairs", "print_table", "summarise", "write_results"]
 
 Tables = dict[str, pd.DataFrame]
 
 
 class Evaluable(Protocol):
-    """What `run` needs of a data module."""
+    """What `Evaluation` needs of a data module."""
 
     @property
     def metrics(self) -> Sequence[Metric]:
@@ -62,102 +62,18 @@ class Evaluable(Protocol):
         """
 
 
-def run(
-    data: Evaluable,
-    policies: Sequence[str],
-    out: Path,
-    resamples: int = 2000,
-    seed: int = 0,
-    steps: bool = False,
-    ready: Mapping[str, Any] | None = None,
-    command: str | None = None,
-) -> pd.DataFrame:
-    """Run policies on the same episodes, write the results, print the table and where they lie.
+class Evaluation:
+    """Runs policies on the same episodes, writes the results, prints the table and where they lie.
 
-    What takes long is kept in ``OUT/parts`` on the way: the same call goes on from there after an interruption.
+    The work is in pieces: batches of the test split, of one policy after the other. What takes long is kept in
+    ``OUT/parts`` on the way: the same call goes on from there after an interruption.
 
     Args:
         data: The data module.
         policies: Names of policies or paths of checkpoints; differences are to the first one.
         out: Folder for summary.csv, paired.csv and episodes.parquet.
-        resamples: Bootstrap resamples behind the intervals.
-        seed: Seed of the resamples.
         steps: Also write steps.parquet.
         ready: Policies of that name that need not be built, such as a model in memory; then nothing is kept on the way.
-        command: Whose results these are, if those of another call are to be kept: a folder that holds some gets a new
-            one in it, named by command and time. Null writes over them, and over parts of other evaluations.
-
-    Returns:
-        The summary, as `summarise` gives it.
-    """
-    work = _Work(data, policies, out, steps, ready)
-    with work.parts.claimed():
-        if command is None and not work.parts.fits:
-            work.parts.forget()
-        tables = work.tables(work.play(range(work.batches)))
-        summary = _tell(data, policies, out, tables, resamples, seed, command)
-        work.parts.forget()
-    return summary
-
-
-def check(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard, steps: bool = False) -> None:
-    """Refuse what `run_shard` refuses before it runs anything; arguments as there."""
-    _Work(data, policies, out, steps).refuse(shard)
-
-
-def run_shard(data: Evaluable, policies: Sequence[str], out: Path, shard: Shard, steps: bool = False) -> None:
-    """Run a share of what `run` does, and leave it in ``OUT/parts``.
-
-    Args:
-        data: The data module.
-        policies: Names of policies or paths of checkpoints.
-        out: The folder of the results.
-        shard: Which share of the batches of the test split. A policy whose episodes depend on each other runs as a
-            whole in the first.
-        steps: Whether steps are asked for.
-
-    Raises:
-        UserError: There are fewer batches than shares.
-    """
-    work = _Work(data, policies, out, steps)
-    work.refuse(shard)
-    with work.parts.claimed(shared=True):
-        for start, stop, tables in work.play(shard.of(work.batches)):
-            work.keep(start, stop, tables)
-    print(f"wrote shard {shard.number} of {shard.count} in {work.parts.folder} ({work.seconds:.2f} s of playing)")
-
-
-def merge_shards(
-    data: Evaluable,
-    policies: Sequence[str],
-    out: Path,
-    resamples: int = 2000,
-    seed: int = 0,
-    steps: bool = False,
-    command: str | None = None,
-) -> pd.DataFrame:
-    """Write and print what `run` would, of what `run_shard` has left; arguments as there.
-
-    Raises:
-        UserError: Some of it is missing, or of an evaluation with other settings.
-    """
-    work = _Work(data, policies, out, steps)
-    with work.parts.claimed():
-        work.parts.whole(work.batches * len(policies))
-        summary = _tell(data, policies, out, work.tables([]), resamples, seed, command)
-        work.parts.forget()
-    return summary
-
-
-class _Work:
-    """The pieces of an evaluation: batches of the test split, of one policy after the other.
-
-    Args:
-        data: The data module.
-        policies: Names of policies or paths of checkpoints.
-        out: The folder of the results.
-        steps: Whether steps are asked for.
-        ready: Policies of that name that need not be built.
 
     Attributes:
         batches: Of one policy.
@@ -165,12 +81,17 @@ class _Work:
     """
 
     def __init__(
-        self, data: Evaluable, policies: Sequence[str], out: Path, steps: bool, ready: Mapping[str, Any] | None = None
+        self,
+        data: Evaluable,
+        policies: Sequence[str],
+        out: Path,
+        steps: bool = False,
+        ready: Mapping[str, Any] | None = None,
     ) -> None:
         repeated = [name for name, count in Counter(policies).items() if count > 1]
         if repeated or not policies:
             raise UserError(f"policies {', '.join(policies)}: name at least one, and each once.")
-        self.data, self.policies, self.steps, self.ready = data, policies, steps, ready or {}
+        self.data, self.policies, self.out, self.steps, self.ready = data, policies, out, steps, ready or {}
         for name in policies:
             if name not in self.ready and not Path(name).exists():
                 data.policy(name)  # a misspelt name fails before the first policy runs
@@ -184,7 +105,50 @@ class _Work:
         cure = "run them with --shard i/n, or all that is left by the same command without --merge"
         self.parts = Parts(out / "parts", depends, "evaluation", cure)
 
-    def refuse(self, shard: Shard) -> None:
+    def run(self, command: str | None = None) -> pd.DataFrame:
+        """Run all that is left to run.
+
+        Args:
+            command: Whose results these are, if those of another call are to be kept: a folder that holds some gets a
+                new one in it, named by command and time. Null writes over them, and over parts of other evaluations.
+
+        Returns:
+            The summary, as `summarise` gives it.
+        """
+        with self.parts.claimed():
+            if command is None and not self.parts.fits:
+                self.parts.forget()
+            summary = self._tell(self._tables(self._play(range(self.batches))), command)
+            self.parts.forget()
+        return summary
+
+    def run_shard(self, shard: Shard) -> None:
+        """Run a share of the batches, and leave it in ``OUT/parts``.
+
+        A policy whose episodes depend on each other runs as a whole in the first share.
+
+        Raises:
+            UserError: There are fewer batches than shares.
+        """
+        self.check(shard)
+        with self.parts.claimed(shared=True):
+            for start, stop, tables in self._play(shard.of(self.batches)):
+                self._keep(start, stop, tables)
+        print(f"wrote shard {shard.number} of {shard.count} in {self.parts.folder} ({self.seconds:.2f} s of playing)")
+
+    def merge(self, command: str | None = None) -> pd.DataFrame:
+        """Write and print what `run` would, of what `run_shard` has left.
+
+        Raises:
+            UserError: Some of it is missing, or of an evaluation with other settings.
+        """
+        with self.parts.claimed():
+            self.parts.whole(self.batches * len(self.policies))
+            summary = self._tell(self._tables([]), command)
+            self.parts.forget()
+        return summary
+
+    def check(self, shard: Shard) -> None:
         """Refuse more shares than there are batches."""
         if shard.count > self.batches:
             raise UserError(
@@ -193,7 +157,7 @@ class _Work:
                 "them"
             )
 
-    def play(self, own: range) -> Iterator[tuple[int, int, Tables]]:
+    def _play(self, own: range) -> Iterator[tuple[int, int, Tables]]:
         """Run what is not there of some batches, with all policies.
 
         Yields:
@@ -216,12 +180,12 @@ class _Work:
         for done, tables in self.data.batch_tables(policy, self.steps, range(gap.start - first, gap.stop - first)):
             told.append(tables)
             if monotonic() - began >= parts.SAVE_S and not self.ready:
-                self.keep(start, first + done, joined(told))
+                self._keep(start, first + done, joined(told))
                 start, began, told = first + done, monotonic(), []
         self.seconds += monotonic() - entered
         return start, gap.stop, joined(told)
 
-    def keep(self, start: int, stop: int, tables: Tables) -> None:
+    def _keep(self, start: int, stop: int, tables: Tables) -> None:
         """Write the results of pieces."""
         if start < stop:
             with self.parts.section(start) as section:
@@ -229,7 +193,7 @@ class _Work:
                     table.to_parquet(section.folder / f"{name}.parquet", index=False)
                 section.stop = stop
 
-    def tables(self, played: Iterable[tuple[int, int, Tables]]) -> Tables:
+    def _tables(self, played: Iterable[tuple[int, int, Tables]]) -> Tables:
         """Join what was run now and what was kept, in the order of a run without interruption."""
         found = [(start, tables) for start, stop, tables in played if start < stop]
         for pieces, folder in self.parts.found():
@@ -244,6 +208,23 @@ class _Work:
             for name, (_, tables) in zip(names, found, strict=True)
         )
 
+    def _tell(self, tables: Tables, command: str | None) -> pd.DataFrame:
+        """Write the results, print the table and where they lie; return the summary."""
+        frame = tables["episodes"]
+        summary = summarise(frame, self.data.metrics, self.policies)
+        pairs = compare_pairs(frame, self.data.metrics, self.policies)
+        out = self.out if command is None else free_place(self.out, RESULTS, command)
+        write_results(out, summary, pairs, tables)
+        if not is_quiet():
+            counted = "windows" if "window" in frame else "episodes"
+            # a bootstrap of one cluster knows nothing about others
+            alone = frame["cluster"].nunique() < 2
+            known = "(a 95 % interval needs two clusters at least)" if alone else "[95 % interval]"
+            title = f"{summary['n'].iloc[0]} test {counted}, mean {known}"
+            print_table(summary, pairs, self.data.metrics, "; ".join(filter(None, (title, self.data.note))))
+        print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in tables)])} in {out}")
+        return summary
+
 
 def joined(tables: Iterable[Tables]) -> Tables:
     """Put tables of parts one below the other, those of each name."""
@@ -252,33 +233,6 @@ def joined(tables: Iterable[Tables]) -> Tables:
         for name, table in part.items():
             named.setdefault(name, []).append(table)
     return {name: pd.concat(parts, ignore_index=True) for name, parts in named.items()}
-
-
-def _tell(
-    data: Evaluable,
-    policies: Sequence[str],
-    out: Path,
-    tables: Tables,
-    resamples: int,
-    seed: int,
-    command: str | None,
-) -> pd.DataFrame:
-    """Write the results, print the table and where they lie; return the summary."""
-    frame = tables["episodes"]
-    summary = summarise(frame, data.metrics, policies, resamples, seed)
-    pairs = compare_pairs(frame, data.metrics, policies, resamples, seed)
-    if command is not None:
-        out = free_place(out, RESULTS, command)
-    write_results(out, summary, pairs, tables)
-    if not is_quiet():
-        counted = "windows" if "window" in frame else "episodes"
-        # a bootstrap of one cluster knows nothing about others
-        alone = frame["cluster"].nunique() < 2
-        known = "(a 95 % interval needs two clusters at least)" if alone else "[95 % interval]"
-        title = f"{summary['n'].iloc[0]} test {counted}, mean {known}"
-        print_table(summary, pairs, data.metrics, "; ".join(filter(None, (title, data.note))))
-    print(f"wrote {', '.join(['summary.csv', 'paired.csv', *(f'{key}.parquet' for key in tables)])} in {out}")
-    return summary
 
 
 def write_results(out: Path, summary: pd.DataFrame, pairs: pd.DataFrame, tables: Tables) -> None:

@@ -275,22 +275,23 @@ class CLI(LightningCLI):
         if isinstance(self.model, MultiTask):
             self._compare_parts(best)
         else:
-            from netllm_pl.evaluate import run
+            from netllm_pl.evaluate import Evaluation
 
             name = type(self.model).__name__ if best is None else str(best)
             ready = {name: self._on_device()} if best is None or is_sharded(self.model) else {}
-            summary = run(self.datamodule, [*self.datamodule.compared, name], self.run_dir, ready=ready)
+            policies = [*self.datamodule.compared, name]
+            summary = Evaluation(self.datamodule, policies, self.run_dir, ready=ready).run()
             self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
 
     def _compare_parts(self, best: Path | None) -> None:
         """Write a checkpoint of each task of several, and compare it with the baselines of that task."""
-        from netllm_pl.evaluate import run
+        from netllm_pl.evaluate import Evaluation
 
         files = {} if best is None else self.model.divide(best, self.datamodule, self.run_dir)
         for name, file in files.items():
             data = self.datamodule.parts[name]
-            run(data, [*data.compared, str(file)], self.run_dir / name)
+            Evaluation(data, [*data.compared, str(file)], self.run_dir / name).run()
 
     def _log_test(self, own: "pd.DataFrame") -> None:
         """Let TensorBoard, and so its table of hyper-parameters, have what the best checkpoint is worth."""
@@ -309,11 +310,12 @@ class CLI(LightningCLI):
         if not self.trainer.is_global_zero:
             self._take_part()
             return
-        from netllm_pl.evaluate import run
+        from netllm_pl.evaluate import Evaluation
 
         name = self._get(self.config, "ckpt_path") or type(self.model).__name__
         place = free_place(self.run_dir, RESULTS, "test")
-        run(self.datamodule, [*self.datamodule.compared, name], place, ready={name: self._on_device()})
+        ready = {name: self._on_device()}
+        Evaluation(self.datamodule, [*self.datamodule.compared, name], place, ready=ready).run()
 
     def _take_part(self) -> None:
         """Make the passes of the first process, which writes the table, if it needs this one's share of the weights."""

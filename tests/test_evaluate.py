@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from netllm_pl.errors import UserError
-from netllm_pl.evaluate import Metric, compare_pairs, print_table, run, summarise
+from netllm_pl.evaluate import Evaluation, Metric, compare_pairs, print_table, summarise
 
 ERROR = Metric("error", "error")
 RMSE = Metric("rmse", "square", root=True)
@@ -141,7 +141,7 @@ def test_values_that_are_not_finite_are_refused_by_name() -> None:
 
 
 class Data:
-    """The least that `run` asks of a data module."""
+    """The least that `Evaluation` asks of a data module."""
 
     metrics = (ERROR, RMSE)
     note = ""
@@ -169,7 +169,7 @@ class Data:
 
 
 def test_run_writes_the_steps_if_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(Data(), ["[linear]", "static"], tmp_path, steps=True)
+    Evaluation(Data(), ["[linear]", "static"], tmp_path, steps=True).run()
     steps, table = (pd.read_parquet(tmp_path / name) for name in ("steps.parquet", "episodes.parquet"))
     assert steps.columns[0] == "policy" and list(steps["policy"].unique()) == ["[linear]", "static"]
     assert len(steps) == len(table) and steps["error"].dtype == np.float64
@@ -177,7 +177,7 @@ def test_run_writes_the_steps_if_asked_to(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_run_writes_three_files_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = run(Data(), ["[linear]", "static"], tmp_path / "new" / "out")
+    summary = Evaluation(Data(), ["[linear]", "static"], tmp_path / "new" / "out").run()
     out = tmp_path / "new" / "out"
     assert sorted(path.name for path in out.iterdir()) == ["episodes.parquet", "paired.csv", "summary.csv"]
     pd.testing.assert_frame_equal(pd.read_csv(out / "summary.csv"), summary, check_dtype=False)
@@ -192,14 +192,14 @@ def test_run_writes_three_files_and_prints_the_table(tmp_path: Path, capsys: pyt
 def test_what_must_be_known_stands_above_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = Data()
     data.note = "the splits leak"
-    run(data, ["static"], tmp_path)
+    Evaluation(data, ["static"], tmp_path).run()
     assert "interval]; the splits leak" in " ".join(capsys.readouterr().out.split())
 
 
 def test_results_of_a_command_are_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(Data(), ["static"], tmp_path, command="evaluate")
+    Evaluation(Data(), ["static"], tmp_path).run(command="evaluate")
     first = (tmp_path / "summary.csv").read_text()
-    run(Data(), ["[linear]"], tmp_path, command="evaluate")
+    Evaluation(Data(), ["[linear]"], tmp_path).run(command="evaluate")
     assert (tmp_path / "summary.csv").read_text() == first
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert folder.name.startswith("evaluate-") and f"in {folder}\n" in capsys.readouterr().out
@@ -209,13 +209,13 @@ def test_results_of_a_command_are_not_written_over(tmp_path: Path, capsys: pytes
 def test_the_table_says_what_is_counted_and_that_one_cluster_is_too_few(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(Data(), ["static"], tmp_path)
+    Evaluation(Data(), ["static"], tmp_path).run()
     ((_, whole),) = Data().batch_tables(0.0, batches=range(1))
     counted = "windows" if "window" in whole["episodes"] else "episodes"
     assert f"test {counted}, mean [95 % interval]" in " ".join(capsys.readouterr().out.split())
     one = whole["episodes"].assign(cluster=0).rename(columns={"window": "episode"})
     monkeypatch.setattr(Data, "batch_tables", lambda *_: [(5, {"episodes": one})])
-    run(Data(), ["static"], tmp_path)
+    Evaluation(Data(), ["static"], tmp_path).run()
     text = " ".join(capsys.readouterr().out.split())
     assert "test episodes, mean (a 95 % interval needs two clusters at least)" in text and "nan" not in text
 
@@ -223,13 +223,13 @@ def test_the_table_says_what_is_counted_and_that_one_cluster_is_too_few(
 @pytest.mark.parametrize("names", [["static", "static"], []])
 def test_policies_are_named_once(names: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="each once"):
-        run(Data(), names, tmp_path / "out")
+        Evaluation(Data(), names, tmp_path / "out").run()
 
 
 def test_an_unknown_policy_stops_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Data, "batch_tables", lambda *_: pytest.fail("a policy ran"))
     with pytest.raises(UserError, match="unknown policy 'statc'"):
-        run(Data(), ["static", "statc"], tmp_path / "out")
+        Evaluation(Data(), ["static", "statc"], tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
 
 
