@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Waiting threads that spin make small operations many times slower on a busy machine.
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pandas as pd
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tasks.job_scheduling.workloads import Workload
 
 torch.set_num_threads(1)
 # A shell that starts a job in the background lets it ignore Ctrl-C, which some tests send.
@@ -32,6 +36,23 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}; set NETLLM_DATA to the folder that holds viewport/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cjs_logs(data_dir: Path) -> Path:
+    """Folder of the logs of the published scheduling simulator."""
+    folder = data_dir.parent / "golden" / "cjs"
+    if not folder.is_dir():
+        pytest.skip(f"no logs of the published program in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tpch(data_dir: Path) -> "Workload":
+    """The TPC-H profiles."""
+    from tasks.job_scheduling.workloads import read_workload  # imported late: few tests need it
+
+    return read_workload(data_dir / "cjs" / "tpch.parquet")
 
 
 @pytest.fixture(scope="session")

@@ -48,15 +48,6 @@ def act(observations: Observations) -> Any:
 # Against the published logs -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def golden(data_dir: Path) -> Path:
-    """Folder of the published program's logs."""
-    folder = data_dir.parent / "golden" / "cjs"
-    if not folder.is_dir():
-        pytest.skip(f"no logs in {folder}")
-    return folder
-
-
 def same(found: pd.DataFrame, log: pd.DataFrame) -> None:
     for name in log.columns:
         # Logs round sums of float32 features, and rewards to a millionth of a ms.
@@ -69,7 +60,7 @@ def same(found: pd.DataFrame, log: pd.DataFrame) -> None:
             assert found[name].tolist() == log[name].tolist()
 
 
-def test_decisions_and_jobs_are_those_of_the_published_logs(data_dir: Path, golden: Path, tmp_path: Path) -> None:
+def test_decisions_and_jobs_are_those_of_the_published_logs(data_dir: Path, cjs_logs: Path, tmp_path: Path) -> None:
     """Through the command line, without random durations: every column of every decision and job."""
     words = ["--config", str(CONFIG), "--config", str(OVERLAYS / "tpch.yaml"), "--data.data_dir", str(data_dir)]
     words += ["--policies", "fair,fifo", "--deterministic", "--steps", "--data.test_seeds", "[1]"]
@@ -77,23 +68,23 @@ def test_decisions_and_jobs_are_those_of_the_published_logs(data_dir: Path, gold
     for name, table in (("decisions", "steps"), ("jobs", "jobs")):
         found = pd.read_parquet(tmp_path / f"{table}.parquet")
         for policy in ("fair", "fifo"):
-            log = pd.read_parquet(golden / f"det_{policy}_seed1_{name}.parquet")
+            log = pd.read_parquet(cjs_logs / f"det_{policy}_seed1_{name}.parquet")
             assert list(found.columns) == ["policy", "episode", "seed", *log.columns]
             same(found[found["policy"] == policy], log)
     episodes = pd.read_parquet(tmp_path / "episodes.parquet").set_index("policy")
-    log = pd.read_parquet(golden / "det_fair_seed1_jobs.parquet")
+    log = pd.read_parquet(cjs_logs / "det_fair_seed1_jobs.parquet")
     jct_s = (log["t_completed_ms"] - log["t_arrival_ms"]) / 1000
     assert episodes.loc["fair", "jct_s"] == pytest.approx(jct_s.mean(), abs=1e-9)
     assert episodes.loc["fair", "jct_p95_s"] == pytest.approx(jct_s.quantile(0.95), abs=1e-9)
 
 
-def test_random_durations_are_those_of_the_published_streams(data_dir: Path, golden: Path) -> None:
+def test_random_durations_are_those_of_the_published_streams(data_dir: Path, cjs_logs: Path) -> None:
     """Seed 1 decision by decision; and means of seeds 1 to 5 as the reference gives them, with one digit."""
     own = JobSchedulingData(workload="tpch", data_dir=str(data_dir), test_seeds=[1, 2, 3, 4, 5])
     tables = own.tables(own.policy("fair"), steps=True)
     for name, table in (("decisions", "steps"), ("jobs", "jobs")):
         found = tables[table]
-        same(found[found["seed"] == 1], pd.read_parquet(golden / f"fair_seed1_{name}.parquet"))
+        same(found[found["seed"] == 1], pd.read_parquet(cjs_logs / f"fair_seed1_{name}.parquet"))
     assert tables["episodes"]["jct_s"].round(1).tolist() == [42.8, 57.7, 65.0, 75.5, 52.7]
 
 

@@ -18,7 +18,7 @@ from netllm_pl.ragged import observed
 from netllm_pl.rollout import Array, Observations, rollout
 from tasks.job_scheduling.decima import PUBLISHED, DecimaNet, DecimaPolicy, draw, load_decima
 from tasks.job_scheduling.simulator import Rules, Simulator
-from tasks.job_scheduling.workloads import Workload, read_workload
+from tasks.job_scheduling.workloads import Workload
 
 
 def column(values: list[Array]) -> Array:
@@ -112,11 +112,6 @@ def test_decisions_of_the_published_program(published: tuple[DecimaNet, Observat
     net, observations, log = published
     actions = DecimaPolicy(net, sample=False).act(observations)
     assert np.array_equal(actions, log[["stage_idx", "num_exec"]].to_numpy())
-
-
-@pytest.fixture(scope="module")
-def tpch(data_dir: Path) -> Workload:
-    return read_workload(data_dir / "cjs" / "tpch.parquet")
 
 
 def test_it_plays_the_published_episode(

@@ -15,22 +15,9 @@ from netllm_pl.rollout import rollout
 from tasks.job_scheduling.heuristics import KEEPS, SCHEMES, Heuristic, Scheme, adviser, play_all
 from tasks.job_scheduling.simulator import Rules, Simulator
 from tasks.job_scheduling.synthetic import SyntheticWorkload, generate
-from tasks.job_scheduling.workloads import Workload, read_workload
+from tasks.job_scheduling.workloads import Workload
 
 SEEDS = (1, 2, 3, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def golden(data_dir: Path) -> Path:
-    folder = data_dir.parent / "golden" / "cjs"
-    if not folder.is_dir():
-        pytest.skip(f"no logs of the published program in {folder}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tpch(data_dir: Path) -> Workload:
-    return read_workload(data_dir / "cjs" / "tpch.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +40,8 @@ def played_in_the_kernel(name: str, simulator: Simulator) -> Simulator:
 
 
 @pytest.mark.parametrize("name", ["sjf", "fair", "fifo"])
-def test_every_decision_is_that_of_the_published_log(name: str, golden: Path, tpch: Workload) -> None:
-    log = pd.read_parquet(golden / f"det_{name}_seed1_decisions.parquet")
+def test_every_decision_is_that_of_the_published_log(name: str, cjs_logs: Path, tpch: Workload) -> None:
+    log = pd.read_parquet(cjs_logs / f"det_{name}_seed1_decisions.parquet")
     simulator = Simulator(tpch, Rules(stream="median", order="ascending"))
     played = rollout(simulator, Heuristic(SCHEMES[name]), [1])
     assert np.array_equal(played.actions[:, 0], log[["stage_idx", "num_exec"]].to_numpy())
@@ -68,7 +55,9 @@ def test_every_decision_is_that_of_the_published_log(name: str, golden: Path, tp
         ("srpt_fair", [37.5, 49.1, 55.9, 63.2, 46.5]),
     ],
 )
-def test_completion_times_with_random_durations(name: str, expected: list[float], golden: Path, tpch: Workload) -> None:
+def test_completion_times_with_random_durations(
+    name: str, expected: list[float], cjs_logs: Path, tpch: Workload
+) -> None:
     """Those of fair and fifo are the published program's, of the seeds 1 to 5, with one digit."""
     simulator = played_in_the_kernel(name, Simulator(tpch))
     np.testing.assert_allclose(jct_s(simulator), expected, rtol=0, atol=0.05 + 1e-9)

@@ -12,7 +12,7 @@ from netllm_pl.errors import UserError
 from tasks.job_scheduling import streams
 from tasks.job_scheduling.profiles import Profiles, starts
 from tasks.job_scheduling.simulator import Observations, Rules, Simulator
-from tasks.job_scheduling.workloads import Workload, prepare, read_workload
+from tasks.job_scheduling.workloads import Workload, prepare
 
 LOGS = ("fair", "fifo", "sjf", "decima_argmax")
 TOLD = (
@@ -25,21 +25,8 @@ Stage = dict[str, Any]
 # The published program's logs -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def golden(data_dir: Path) -> Path:
-    folder = data_dir.parent / "golden" / "cjs"
-    if not folder.is_dir():
-        pytest.skip(f"no logs of the published program in {folder}")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tpch(data_dir: Path) -> Workload:
-    return read_workload(data_dir / "cjs" / "tpch.parquet")
-
-
-def logged(golden: Path, log: str, kind: str) -> pd.DataFrame:
-    return pd.read_parquet(golden / f"{log}_seed1_{kind}.parquet")
+def logged(cjs_logs: Path, log: str, kind: str) -> pd.DataFrame:
+    return pd.read_parquet(cjs_logs / f"{log}_seed1_{kind}.parquet")
 
 
 def summed(observations: Observations, n: int) -> np.ndarray:
@@ -60,13 +47,13 @@ def assert_seen(observations: Observations, n: int, row: Any) -> None:
     assert observations["time_s"][n] == row.wall_time / 1000
 
 
-def assert_equal_log(simulator: Simulator, golden: Path, logs: list[str]) -> None:
+def assert_equal_log(simulator: Simulator, cjs_logs: Path, logs: list[str]) -> None:
     """Replay logs side by side."""
-    tables = [logged(golden, log, "decisions") for log in logs]
+    tables = [logged(cjs_logs, log, "decisions") for log in logs]
     actions = [table[["stage_idx", "num_exec"]].to_numpy() for table in tables]
     seen = [
-        {row.step: row for row in logged(golden, log, "obs").itertuples()}
-        if (golden / f"{log}_seed1_obs.parquet").exists() else {}
+        {row.step: row for row in logged(cjs_logs, log, "obs").itertuples()}
+        if (cjs_logs / f"{log}_seed1_obs.parquet").exists() else {}
         for log in logs
     ]  # fmt: skip
     sums, rewards, told = ([[] for _ in logs] for _ in range(3))
@@ -91,20 +78,20 @@ def assert_equal_log(simulator: Simulator, golden: Path, logs: list[str]) -> Non
         columns = ["n_nodes", "n_edges", "exec_mask_sum", *(f"fsum{k}" for k in range(5))]
         np.testing.assert_allclose(sums[n], table[columns].to_numpy(np.float64), rtol=1e-6, atol=1e-6)
         for name in ("t_arrival_ms", "t_completed_ms", "query_size", "num_tasks"):
-            assert np.array_equal(jobs[name][n], logged(golden, log, "jobs")[name]), (log, name)
-        starts_of_tasks = logged(golden, log, "tape")
+            assert np.array_equal(jobs[name][n], logged(cjs_logs, log, "jobs")[name]), (log, name)
+        starts_of_tasks = logged(cjs_logs, log, "tape")
         assert len(starts_of_tasks) == len(simulator.tape(n)["job_id"])
         for name, column in simulator.tape(n).items():
             assert np.array_equal(column, starts_of_tasks[name]), (log, name)
 
 
-def test_decisions_of_deterministic_logs_give_their_numbers(tpch: Workload, golden: Path) -> None:
+def test_decisions_of_deterministic_logs_give_their_numbers(tpch: Workload, cjs_logs: Path) -> None:
     simulator = Simulator(tpch, Rules(stream="median", order="ascending"), tape=True)
-    assert_equal_log(simulator, golden, [f"det_{log}" for log in LOGS])
+    assert_equal_log(simulator, cjs_logs, [f"det_{log}" for log in LOGS])
 
 
-def test_decisions_of_a_log_with_random_streams_give_its_numbers(tpch: Workload, golden: Path) -> None:
-    assert_equal_log(Simulator(tpch, tape=True), golden, ["fair"])
+def test_decisions_of_a_log_with_random_streams_give_its_numbers(tpch: Workload, cjs_logs: Path) -> None:
+    assert_equal_log(Simulator(tpch, tape=True), cjs_logs, ["fair"])
 
 
 # Random streams -------------------------------------------------------------------------------------------------------
