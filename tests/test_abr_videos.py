@@ -34,6 +34,7 @@ def test_json_video(tmp_path: Path) -> None:
         read_video(path)
     with pytest.raises(UserError, match=r"unknown video 'mien'\. Did you mean 'mine'"):
         read_video(path, "mien")
+    assert read_video(video_file(tmp_path, **VIDEO)).name == "videos", "one alone is called like its file"
 
 
 def test_published_videos(data_dir: Path, tmp_path: Path) -> None:
@@ -100,6 +101,7 @@ def test_bad_videos(tmp_path: Path, change: dict[str, object], message: str) -> 
         ("[]", "expected an object of videos by name"),
         ('{"a": 1}', "expected an object of videos by name"),
         (json.dumps({"a": VIDEO | {"chunk_length": 2}}), "unknown key 'chunk_length'.*chunk_s.*video a"),
+        ('{"chunk_s": 4}', "v.json, video v: missing bitrate_kbps, chunk_bytes; found chunk_s"),
         ('{"a": {"chunk_s": 4}}', "missing bitrate_kbps, chunk_bytes; found chunk_s"),
     ],
 )

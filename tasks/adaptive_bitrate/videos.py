@@ -27,9 +27,9 @@ def read_video(
     """Read a video.
 
     Args:
-        path: A JSON file ``{name: {"bitrate_kbps": [L], "chunk_s": seconds, "chunk_bytes": [L][chunks]}}``; or a
-            folder of the published size files ``video_size_0`` (lowest level), ``video_size_1``, ..., one integer a
-            line.
+        path: A JSON file ``{name: {"bitrate_kbps": [L], "chunk_s": seconds, "chunk_bytes": [L][chunks]}}``, or
+            one video without a name, which is that of the file; or a folder of the published size files
+            ``video_size_0`` (lowest level), ``video_size_1``, ..., one integer a line.
         name: Which of a JSON file's videos; not needed if it holds one. A folder's video is called like the folder.
         ladder_kbps: (L,) nominal bitrates for size files; the published ones if there are six levels.
         chunk_s: Seconds a chunk plays, for size files.
@@ -46,6 +46,8 @@ def read_video(
         videos = json.loads(path.read_text())
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({str(error)[:100]}); expected {{name: {{bitrate_kbps: ...}}}}") from error
+    if isinstance(videos, dict) and KEYS & videos.keys():
+        videos = {path.stem: videos}
     if not isinstance(videos, dict) or not videos or not all(isinstance(v, dict) for v in videos.values()):
         raise UserError(f"{path}: expected an object of videos by name, each with bitrate_kbps, chunk_s, chunk_bytes")
     if name is None:
