@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from netllm_pl.backbone import is_sharded
 from netllm_pl.data import NetDataModule
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.evaluate import joined
 from netllm_pl.parts import Shard
 from netllm_pl.processes import gathered, rank, world
@@ -37,8 +37,7 @@ class RolloutEvaluation(Callback):
     """
 
     def __init__(self, every_n: int = 1) -> None:
-        if every_n < 1:
-            raise UserError(f"RolloutEvaluation: every_n is {every_n}; it must be at least 1")
+        at_least(1, "RolloutEvaluation: ", every_n=every_n)
         self.every_n = every_n
         self.keep = False
         self.kept: dict[str, pd.DataFrame] | None = None

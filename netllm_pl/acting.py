@@ -4,7 +4,7 @@ Shapes: B batch, W steps of a window, C choices, N episodes side by side.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -189,13 +189,6 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train()
-
-
-def check_columns(batch: Batch, names: Sequence[str]) -> None:
-    """Refuse experience without the columns that a task reads."""
-    missing = [name for name in names if name not in batch]
-    if missing:
-        raise UserError(f"the experience has no column {missing[0]}; there are {', '.join(batch)}")
 
 
 def _regrets(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from netllm_pl.attention import go_maskless
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.graphs import LearningGraph, normal_mode
 from netllm_pl.late_weights import Source, Stored, blank, is_put_off
 from netllm_pl.loading import ENCODERS, comes_late, load_model, quiet
@@ -52,6 +52,11 @@ class LoRA:
     alpha: int | None = None
     dropout: float = 0.05
     targets: list[str] | Literal["all-linear"] | None = None
+
+    def __post_init__(self) -> None:
+        at_least(1, "backbone.lora.", rank=self.rank, alpha=self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"backbone.lora.dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from netllm_pl.acting import ActingTask
 from netllm_pl.data import NetDataModule
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, at_least, unknown
 from netllm_pl.fast_paths import hasten, nothing_recomputed, quantised, training_or_plain
 from netllm_pl.machine import can_write, ceilings, environment
 from netllm_pl.paths import atomic
@@ -172,8 +172,7 @@ def check(out: Path, repeats: int, parts: Collection[str]) -> None:
     for part in parts:
         if part not in PARTS:
             raise unknown("part", part, PARTS, "Give some of them to --parts, separated by commas.")
-    if repeats < 1:
-        raise UserError(f"--repeats is {repeats}; it must be at least 1")
+    at_least(1, "--", repeats=repeats)
     if not can_write(out):
         raise UserError(f"--out {out} cannot be written: give the path of a file, such as results/benchmark.json")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.parsing import Parser
 from netllm_pl.progress import say
 
@@ -262,8 +262,7 @@ def _shard(config: Namespace) -> "Shard | None":
         raise UserError("give --shard for a share, or --merge when all of them are there, but not both")
     if config.devices is not None and (config.merge or config.shard is not None):
         raise UserError("--devices runs all shards of this machine and merges them; leave --shard and --merge out")
-    if config.devices is not None and config.devices < 1:
-        raise UserError(f"devices is {config.devices}; it must be at least 1")
+    at_least(1, devices=config.devices)
     return Shard.parse(config.shard)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, at_least, unknown
 from netllm_pl.parts import Shard
 from netllm_pl.paths import weights_of
 from netllm_pl.processes import rank, world
@@ -179,11 +179,8 @@ class NetDataModule(pl.LightningDataModule, ABC):
         super().__init__()
         # Lightning would refuse to log them where a model has an argument of the same name and another value.
         self.save_hyperparameters(logger=False)
-        for name, value, least in (
-            ("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1), ("num_workers", num_workers, 0),
-        ):  # fmt: skip
-            if value < least:
-                raise UserError(f"data.{name} is {value}; it must be at least {least}")
+        at_least(1, "data.", batch_size=batch_size, eval_batch_size=eval_batch_size)
+        at_least(0, "data.", num_workers=num_workers, seed=seed)
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.seed = num_workers, seed
 

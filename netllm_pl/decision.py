@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from netllm_pl.acting import Objective, OfflineTask, check_columns, evaluating
+from netllm_pl.acting import Objective, OfflineTask, evaluating
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.encoders import TokenNorm
@@ -20,7 +20,7 @@ from netllm_pl.heads import ChoiceHead
 from netllm_pl.ragged import join_steps
 from netllm_pl.rollout import Array, Observations
 from netllm_pl.step_tokens import BEHIND, Line, Part, StepTokens, follow, lay_out, pack, visible
-from netllm_pl.task import OptimizerConfig, Prompt, each_tensor
+from netllm_pl.task import OptimizerConfig, Prompt, check_columns, each_tensor
 
 
 class DecisionTask(OfflineTask):

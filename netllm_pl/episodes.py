@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from netllm_pl.data import SPLITS, Batch, BatchedDataset, NetDataModule
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, at_least, unknown
 from netllm_pl.evaluate import joined
 from netllm_pl.experience import Pool, Together, Windows, read_pool
 from netllm_pl.parts import Shard
@@ -83,9 +83,7 @@ class DecisionData(NetDataModule):
         if not 0 < share <= 1:
             raise UserError(f"data.share is {share}; it must be above 0, and at most 1")
         self.train_share = share
-        for name, value in {"window": window, "stride": stride or 1, "sessions": sessions}.items():
-            if value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        at_least(1, "data.", window=window, stride=stride, sessions=sessions)
         self.pools = [pool] if isinstance(pool, str) else pool
         self.experience, self.window, self.stride, self.sessions = experience, window, stride, sessions
 

@@ -3,7 +3,6 @@
 import errno
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from difflib import get_close_matches
 from importlib import metadata
 
@@ -46,6 +45,22 @@ def unknown(kind: str, name: str, known: Iterable[str], cure: str = "") -> UserE
     return UserError(f"unknown {kind} '{name}'.{guess} Known: {listed}.{' ' + cure if cure else ''}")
 
 
+def at_least(least: float, place: str = "", **values: float | None) -> None:
+    """Refuse numbers that are too small, by name.
+
+    Args:
+        least: The smallest one that is possible.
+        place: What stands before the name, such as ``data.``.
+        values: The numbers; null is none.
+
+    Raises:
+        UserError: One is smaller, or not a number.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{place}{name} is {value}; it must be at least {least}")
+
+
 def explained(error: BaseException) -> str | None:
     """Say in one line what to do about a failure that is no bug: memory, a full disk, a place, a missing package.
 
@@ -83,14 +98,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _out_of_memory(message: str) -> str:
-    from netllm_pl.backbone import BackboneConfig
-
     sizes = re.search(r"Tried to allocate ([\d.]+ \w+).*?total capacity of ([\d.]+ \w+)", message)
-    known = {field.name for field in fields(BackboneConfig)}
-    cures = ["lower data.batch_size (fit) or data.eval_batch_size", "set model.backbone.checkpointing to true (fit)"]
-    cures += ["set model.backbone.quantize"] if "quantize" in known else []
     where = f" (it has {sizes[2]}, {sizes[1]} more were needed)" if sizes else ""
-    return f"out of memory on the GPU{where}; {', '.join(cures)}, or keep fewer model.backbone.layers"
+    return (
+        f"out of memory on the GPU{where}; lower data.batch_size (fit) or data.eval_batch_size, set "
+        "model.backbone.checkpointing to true (fit), set model.backbone.quantize, or keep fewer model.backbone.layers"
+    )
 
 
 def _missing(module: str) -> str:

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from netllm_pl.errors import at_least
+
 IMPOSSIBLE = torch.finfo(torch.float32).min
 """Score of a choice that is not allowed: finite, so that a softmax over a masked row has gradients without NaN."""
 
@@ -25,6 +27,7 @@ class RegressionHead(nn.Module):
 
     def __init__(self, d_hidden: int, outputs: int, width: int | None = None) -> None:
         super().__init__()
+        at_least(1, "RegressionHead: ", outputs=outputs, width=width)
         hidden = [] if width is None else [nn.Linear(d_hidden, width), nn.GELU()]
         last = nn.Linear(width or d_hidden, outputs)
         nn.init.zeros_(last.weight)
@@ -48,6 +51,7 @@ class ChoiceHead(nn.Module):
 
     def __init__(self, d_hidden: int, choices: int, width: int | None = None) -> None:
         super().__init__()
+        at_least(1, "ChoiceHead: ", choices=choices, width=width)
         hidden = [] if width is None else [nn.Linear(d_hidden, width), nn.GELU()]
         self.layers = nn.Sequential(nn.LayerNorm(d_hidden), *hidden, nn.Linear(width or d_hidden, choices))
 
@@ -66,6 +70,7 @@ class PointerHead(nn.Module):
 
     def __init__(self, d_hidden: int, width: int = 128) -> None:
         super().__init__()
+        at_least(1, "PointerHead: ", width=width)
         self.query = nn.Sequential(nn.LayerNorm(d_hidden), nn.Linear(d_hidden, width))
         self.key = nn.Sequential(nn.LayerNorm(d_hidden), nn.Linear(d_hidden, width))
         self.scale = 1 / math.sqrt(width)

@@ -15,7 +15,7 @@ from netllm_pl.acting import HUBER, REGRET, evaluating
 from netllm_pl.collect import Explore
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask, LanguageModelPolicy
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.ppo import PlayingTask, advantages, clipped, standardized
 from netllm_pl.ragged import as_tensor
 from netllm_pl.rollout import Policy, Rollout, reseed, rollout
@@ -69,8 +69,7 @@ class OnlineTask(PlayingTask, DecisionTask):
         self.plays(epochs, minibatches, clip, entropy)
         if self.head is None:
             raise UserError(f"{type(self).__name__} learns by playing, which takes choices that are fixed in number")
-        if group < 2:
-            raise UserError(f"{type(self).__name__}: group is {group}; it must be at least 2")
+        at_least(2, f"{type(self).__name__}: ", group=group)
         if remembered < 1 or not all(0 < share <= 1 for share in explore):
             raise UserError(
                 f"{type(self).__name__}: remembered is {remembered} (at least 1), explore {tuple(explore)} (both above "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from netllm_pl import __version__
 from netllm_pl.collect import collect, parse_mixture
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.experience import Pool, read_pool
 from netllm_pl.paths import cache_dir
 from netllm_pl.pool_format import VERSION
@@ -44,9 +44,8 @@ class Experience:
         Raises:
             UserError: A value is out of its range.
         """
-        for name in ("episodes", "eval_episodes", "best_of"):
-            if getattr(self, name) < 1:
-                raise UserError(f"experience.{name} is {getattr(self, name)}; it must be at least 1")
+        counts = {"episodes": self.episodes, "eval_episodes": self.eval_episodes, "best_of": self.best_of}
+        at_least(1, "experience.", **counts)
         if not 0 <= self.explore <= 1:
             raise UserError(f"experience.explore is {self.explore}; it must lie between 0 and 1")
 

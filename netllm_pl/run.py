@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, Timer
@@ -27,7 +28,7 @@ from netllm_pl.backbone import is_sharded
 from netllm_pl.checkpoint import AtomicCheckpointIO, check_identity, read_checkpoint
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import discover
-from netllm_pl.errors import Terminated, UserError
+from netllm_pl.errors import Terminated, UserError, at_least
 from netllm_pl.late_weights import put_off
 from netllm_pl.launch import end_with_parent
 from netllm_pl.metrics_file import MetricsFile
@@ -126,6 +127,10 @@ class CLI(LightningCLI):
         """Read files and command line; the command line wins wherever its options stand."""
         assert isinstance(parser, LightningParser)
         self.config = parser.read(args)
+        chosen = self.config[self._command]
+        at_least(1, save_every=chosen.save_every)
+        if not 0 <= int(chosen.seed_everything or 0) < 2**32:
+            raise UserError(f"seed_everything is {chosen.seed_everything}; it must lie between 0 and {2**32 - 1}")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Keep Lightning from printing the metrics of a quiet test, and predictions in memory: both are on disk."""
@@ -169,8 +174,9 @@ class CLI(LightningCLI):
             callbacks.append(PredictionTable(self.run_dir))
         try:
             return super().instantiate_trainer(**(extra | {"callbacks": callbacks} | kwargs))
-        except (ValueError, TypeError) as error:  # what Lightning refuses, such as an unknown accelerator
-            raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
+        except (ValueError, TypeError, MisconfigurationException) as error:  # what Lightning refuses
+            cure = "" if config.accelerator in ("auto", "cpu") else "; trainer.accelerator auto takes what there is"
+            raise UserError(f"trainer: {str(error).splitlines()[0].rstrip('.!')}{cure}") from error
 
     def _folder(self, trainer: Any) -> Path:
         chosen = self._get(self.config, "run_dir") or trainer.get("default_root_dir")

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, A answers, d_model size of a token vector, d_hidden s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 from netllm_pl.backbone import Backbone, BackboneConfig
 from netllm_pl.checkpoint import add_identity, check_identity, trained_names
 from netllm_pl.data import Batch
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.processes import averaged
 
 
@@ -64,6 +64,7 @@ class OptimizerConfig:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        at_least(0, "optimizer.", lr=self.lr, weight_decay=self.weight_decay, warmup=self.warmup)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise UserError(f"optimizer.ema is {self.ema}; it must be at least 0 and below 1, such as 0.99, or null")
 
@@ -259,3 +260,13 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig, fused: bool) ->
 def each_tensor(prediction: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change a prediction: a tensor, or each one of a NamedTuple."""
     return change(prediction) if isinstance(prediction, Tensor) else type(prediction)(*map(change, prediction))
+
+
+def check_columns(batch: Batch, names: Sequence[str]) -> None:
+    """Refuse data, or experience, without the columns that a task reads."""
+    missing = [name for name in names if name not in batch]
+    if missing:
+        raise UserError(
+            f"the data, or the experience, has no column {missing[0]}, which the model reads; take those of its task, "
+            f"or a checkpoint of this one. There are {', '.join(batch)}"
+        )

@@ -297,6 +297,20 @@ def test_a_misspelt_class_key_or_value_in_a_file(
         (["--data.init_args.synthetic", "big"], "data.synthetic is 'big'; expected a file that exists, or keys"),
         (["--trainer.callbacks+=Nonsense"], "trainer.callbacks: no class is called 'Nonsense'"),
         (["--seed_everything", "x"], "seed_everything is 'x'; expected bool or int"),
+        (["--seed_everything", "-1"], "seed_everything is -1; it must lie between 0 and 4294967295"),
+        (["--save_every", "0"], "save_every is 0; it must be at least 1"),
+        (["--model.optimizer.lr", "-1"], "optimizer.lr is -1.0; it must be at least 0"),
+        (["--model.backbone.lora.rank", "0"], "backbone.lora.rank is 0; it must be at least 1"),
+        (["--model.backbone.lora.dropout", "1"], "backbone.lora.dropout is 1.0; it must be at least 0 and below 1"),
+        (["--trainer.max_steps", "-5"], "trainer: `max_steps` must be a non-negative integer or -1"),
+        (
+            ["--data.class_path", "AdaptiveBitrateData"],
+            "has no column history, which the model reads; take those of its",
+        ),
+        (
+            ["--data.class_path", "JobSchedulingData", "--data.synthetic.videos", "6"],
+            "data: JobSchedulingData does not fit the arguments given for another class: Group 'synthetic' does not",
+        ),
         (["stray"], "unknown option stray"),
     ],
 )

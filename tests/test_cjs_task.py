@@ -257,7 +257,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="needs action values, which the pool does not have"):
             task.loss(task(batch), batch)
     del batch["advice"]
-    with pytest.raises(UserError, match="the experience has no column advice"):
+    with pytest.raises(UserError, match="the experience, has no column advice"):
         task(batch)
 
 

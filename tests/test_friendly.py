@@ -66,13 +66,12 @@ def test_too_little_memory_names_the_settings_that_help(
     assert "out of memory on the GPU (it has 23.69 GiB, 2.50 GiB more were needed)" in line
     for setting in ("data.batch_size", "data.eval_batch_size", "model.backbone.layers", "backbone.checkpointing"):
         assert setting in line
-    assert ("quantize" in line) == hasattr(BackboneConfig(), "quantize")
 
 
 def test_every_setting_that_is_named_exists() -> None:
     line = explained(torch.OutOfMemoryError("no sizes"))
     assert line is not None and line.startswith("out of memory on the GPU; ")
-    for name in ("layers", "checkpointing"):
+    for name in ("layers", "checkpointing", "quantize"):
         assert f"backbone.{name}" in line and hasattr(BackboneConfig(), name)
 
 
@@ -102,6 +101,12 @@ def test_a_full_disk_names_the_file() -> None:
         "runs/x/last.ckpt: No space left on device; make room, or write elsewhere. What is written is whole"
     )
     assert explained(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failing("fit", *settings(tmp_path), "--trainer.accelerator", "gpu")
+    assert capsys.readouterr().err.endswith("backend found; trainer.accelerator auto takes what there is\n")
 
 
 def test_a_place_that_is_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

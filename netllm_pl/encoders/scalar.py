@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from netllm_pl.encoders.tokens import TokenNorm, Tokens
+from netllm_pl.errors import at_least
 
 
 class ScalarEncoder(nn.Module):
@@ -17,6 +18,7 @@ class ScalarEncoder(nn.Module):
 
     def __init__(self, features: int, d_model: int, width: int = 128, scale: float = 1.0) -> None:
         super().__init__()
+        at_least(1, "ScalarEncoder: ", features=features, width=width)
         self.layers = nn.Sequential(
             nn.Linear(features, width), nn.GELU(), nn.Linear(width, d_model), TokenNorm(d_model, scale)
         )

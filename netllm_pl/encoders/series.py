@@ -5,6 +5,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from netllm_pl.encoders.tokens import TokenNorm, Tokens
+from netllm_pl.errors import at_least
 
 
 class SeriesEncoder(nn.Module):
@@ -31,6 +32,7 @@ class SeriesEncoder(nn.Module):
         scale: float = 1.0,
     ) -> None:
         super().__init__()
+        at_least(1, "SeriesEncoder: ", channels=channels, width=width, kernel=kernel, stride=stride)
         sizes = [channels] + [width] * depth
         self.stride = stride
         self.layers = nn.ModuleList(nn.Conv1d(a, b, kernel, padding=kernel // 2) for a, b in pairwise(sizes))

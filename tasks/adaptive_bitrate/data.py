@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from netllm_pl.episodes import DecisionData, check_split
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, at_least, unknown
 from netllm_pl.evaluate import Metric
 from netllm_pl.experience import Pool
 from netllm_pl.paths import data_root, weights_folder, weights_of
@@ -114,11 +114,8 @@ class AdaptiveBitrateData(DecisionData):
         super().__init__(
             pool, experience, window, stride, sessions, batch_size, eval_batch_size, num_workers, seed, share
         )
-        for name, value in {"history": history, "valid_starts": valid_starts}.items():
-            if value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
-        if noise < 0:
-            raise UserError(f"data.noise is {noise}; it must be at least 0")
+        at_least(1, "data.", history=history, valid_starts=valid_starts)
+        at_least(0, "data.", noise=noise)
         if lookahead < 0:
             raise UserError(f"data.lookahead is {lookahead}; it must be at least 0, which shows the next chunk only")
         self.trace_names, self.video_names = (traces, test_traces), (video, test_video)

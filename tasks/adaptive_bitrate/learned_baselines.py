@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from netllm_pl.data import Batch
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.ppo import PlayingTask, advantages, clipped, standardized
 from netllm_pl.rollout import Array, Observations, Policy, rollout
 from netllm_pl.task import OptimizerConfig
@@ -63,8 +63,7 @@ class Pensieve(PlayingTask):
     ) -> None:
         optimizer = optimizer or OptimizerConfig(lr=1e-3, weight_decay=0.0)
         super().__init__(optimizer, epochs, minibatches, clip, entropy)
-        if group < 2:
-            raise UserError(f"Pensieve: group is {group}; it must be at least 2")
+        at_least(2, "Pensieve: ", group=group)
         ladder = np.asarray(ladder_kbps, dtype=np.int64)
         self.video = Video("any of this ladder", ladder, np.zeros((0, len(ladder)), dtype=np.int64))
         self.net = PensieveActor(len(ladder), hidden=hidden, relative=relative, critic=True)

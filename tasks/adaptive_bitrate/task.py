@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from netllm_pl.acting import Objective, check_columns
+from netllm_pl.acting import Objective
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask
 from netllm_pl.encoders import ScalarEncoder, SeriesEncoder
 from netllm_pl.errors import UserError
-from netllm_pl.task import OptimizerConfig
+from netllm_pl.task import OptimizerConfig, check_columns
 
 OBSERVED = ("level", "buffer_s", "throughput", "delay_s", "next_bytes", "chunks_left")
 """Columns of the observation that are read."""

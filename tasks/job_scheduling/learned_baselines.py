@@ -13,7 +13,7 @@ from torch import Tensor
 
 from netllm_pl.data import Batch, NetDataModule
 from netllm_pl.encoders import pack_graphs, padded
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.heads import IMPOSSIBLE
 from netllm_pl.ppo import PlayingTask, advantages, clipped, standardized
 from netllm_pl.ragged import LENGTH, starts_of, take
@@ -71,9 +71,9 @@ class Decima(PlayingTask):
     ) -> None:
         optimizer = optimizer or OptimizerConfig(lr=3e-3, weight_decay=0.0)
         super().__init__(optimizer, epochs, minibatches, clip, entropy)
-        for name, value, least in (("jobs", jobs, 1), ("workers", workers, 0), ("group", group, 2)):
-            if value < least:
-                raise UserError(f"Decima: {name} is {value}; it must be at least {least}")
+        at_least(0, "Decima: ", workers=workers)
+        at_least(1, "Decima: ", jobs=jobs)
+        at_least(2, "Decima: ", group=group)
         if horizon_s <= 0:
             raise UserError(f"Decima: horizon_s is {horizon_s}; it must be above 0")
         self.net = DecimaNet(size, width, head_width)

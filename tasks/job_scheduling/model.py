@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from netllm_pl.acting import Objective, check_columns, chosen_of
+from netllm_pl.acting import Objective, chosen_of
 from netllm_pl.data import Batch
 from netllm_pl.encoders import ScalarEncoder, padded
 from netllm_pl.encoders.graph import GraphEncoder, Graphs, pack_graphs
@@ -19,6 +19,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.heads import IMPOSSIBLE, PointerHead
 from netllm_pl.processes import mean
 from netllm_pl.ragged import LENGTH, group_of, real_of
+from netllm_pl.task import check_columns
 
 COLUMNS = ("nodes", "extra", "edges", "job_nodes", "jobs", "caps", "stages", "limits", "committable", "advice")
 """Columns of the observation that are read."""

@@ -15,7 +15,7 @@ from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask
 from netllm_pl.encoders import ScalarEncoder
-from netllm_pl.errors import UserError
+from netllm_pl.errors import at_least
 from netllm_pl.ragged import LENGTH
 from netllm_pl.step_tokens import StepTokens, TokenSet, join_tokens
 from netllm_pl.task import OptimizerConfig
@@ -74,8 +74,7 @@ class JobScheduling(DecisionTask):
             backbone, optimizer, None, context, objective, returns, actions, target_return, return_scale, sample,
             head_width, rollout_every,
         )  # fmt: skip
-        if most_stages < 1:
-            raise UserError(f"most_stages is {most_stages}; it must be at least 1")
+        at_least(1, most_stages=most_stages)
         assert self.backbone is not None
         self.both_ways = both_ways
         self.encoder = StateEncoder(self.backbone.d_model, width, self.backbone.token_scale)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from netllm_pl.data import Batch, NetDataModule
-from netllm_pl.errors import UserError, unknown
+from netllm_pl.errors import UserError, at_least, unknown
 from netllm_pl.evaluate import Metric
 from netllm_pl.paths import data_root
 from netllm_pl.progress import progress
@@ -153,10 +153,7 @@ class ViewportPredictionData(NetDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        sizes = {"history": history, "horizon": horizon, "step": step, "train_step": train_step}
-        for name, value in sizes.items():
-            if value < 1:
-                raise UserError(f"data.{name} is {value}; it must be at least 1")
+        at_least(1, "data.", history=history, horizon=horizon, step=step, train_step=train_step)
         if not 0 < share <= 1 or not 0 <= missing < 1 or noise_deg < 0:
             raise UserError(
                 f"data.share is {share} (above 0, up to 1), data.missing {missing} (from 0 to below 1), data.noise_deg "

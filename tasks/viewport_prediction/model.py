@@ -16,7 +16,7 @@ from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
 from netllm_pl.processes import mean
-from netllm_pl.task import NetTask, OptimizerConfig
+from netllm_pl.task import NetTask, OptimizerConfig, check_columns
 
 ANGLES = ("roll", "pitch", "yaw")
 
@@ -129,6 +129,7 @@ class ViewportModel(NetTask):
 
     def forward(self, batch: Batch) -> Tensor:
         """Predict (B, horizon, 3) degrees; outside training, with `mirror_average`, as the mean of two views."""
+        check_columns(batch, ("history",))
         if self.training or not self.mirror_average:
             return self.extrapolate(batch)
         seen, reflected = self.extrapolate(with_mirror(batch)).chunk(2)
@@ -182,6 +183,7 @@ class ViewportModel(NetTask):
 
         `frame` (B, 2) keeps what was done: a picture's yaw y becomes sign * y + turn.
         """
+        check_columns(batch, ("history",))
         history = batch["history"]
         size, device = history.shape[0], history.device
         turn = (torch.rand(size, device=device) * 2 - 1) * self.rotate
