@@ -102,7 +102,7 @@ def explain(message: str, words: Sequence[str] = ()) -> str:
         return _cut(f"{key} is '{unread[1]}'; expected a file that exists, or keys with values{example}")
     misfit = re.search(r"Problem with given class_path '(?:\w+\.)*(\w+)':\s+(.+)", inner)
     if misfit:
-        return _cut(f"{key}: {misfit[1]} does not fit the arguments given for another class: {misfit[2]}")
+        return _cut(f"{key}: {misfit[1]} cannot be made of what is given: {misfit[2]}")
     if not what:
         return _cut(f"{key}: {inner or message.rpartition(': ')[2]}")
     return _cut(f"{key} is {_value(value)}; expected {what}")

@@ -307,10 +307,7 @@ def test_a_misspelt_class_key_or_value_in_a_file(
             ["--data.class_path", "AdaptiveBitrateData"],
             "has no column history, which the model reads; take those of its",
         ),
-        (
-            ["--data.class_path", "JobSchedulingData", "--data.synthetic.videos", "6"],
-            "data: JobSchedulingData does not fit the arguments given for another class: Group 'synthetic' does not",
-        ),
+        (["--model.class_path", "netllm_pl.toy.Gone"], "model: Gone cannot be made of what is given: module"),
         (["stray"], "unknown option stray"),
     ],
 )
