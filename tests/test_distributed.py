@@ -67,7 +67,7 @@ PARTS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 STEPS = 6
-NIGHTLY = pytest.mark.skipif(not os.environ.get("NETLLM_NIGHTLY"), reason="takes a while; set NETLLM_NIGHTLY=1")
+NIGHTLY = pytest.mark.skipif(os.environ.get("NETLLM_NIGHTLY", "0") == "0", reason="takes a while; set NETLLM_NIGHTLY=1")
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2")
 
 
