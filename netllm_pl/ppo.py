@@ -68,15 +68,16 @@ class PlayingTask(ActingTask):
         played = rollout(self.environment(split), self.as_policy(), self.sessions(batch))
         return torch.from_numpy(played.returns / played.alive.sum(0)).float().to(self.device)
 
-    def loss(self, prediction: Tensor, batch: Batch) -> Tensor:
+    def loss(self, prediction: Any, batch: Batch) -> Tensor:
         """The negative mean reward of a step."""
-        return -prediction.mean()
+        loss: Tensor = -prediction.mean()
+        return loss
 
     def build_metrics(self) -> MetricCollection:
         """None: whole episodes are measured by `RolloutEvaluation`."""
         return MetricCollection({})
 
-    def update_metrics(self, metrics: MetricCollection, prediction: Tensor, batch: Batch) -> None:
+    def update_metrics(self, metrics: MetricCollection, prediction: Any, batch: Batch) -> None:
         """Nothing to feed."""
 
     # Training ---------------------------------------------------------------------------------------------------------

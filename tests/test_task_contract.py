@@ -68,6 +68,7 @@ SMALL: dict[str, Callable[[], NetDataModule]] = {
         Experience(policies="srpt_fair,fair", episodes=2, eval_episodes=1, values="lookahead")
     ),
     "Decima": lambda: scheduling(None),
+    "OnlineScheduling": lambda: scheduling(None),
 }
 """Small data of modules whose defaults are large, and of tasks that need it otherwise; others are small by default."""
 

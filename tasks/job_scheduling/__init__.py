@@ -4,8 +4,9 @@ from tasks.job_scheduling import fetching as _fetching  # registers the public d
 from tasks.job_scheduling.data import JobSchedulingData
 from tasks.job_scheduling.graph_scheduler import GraphScheduler
 from tasks.job_scheduling.learned_baselines import Decima
+from tasks.job_scheduling.online import OnlineScheduling
 from tasks.job_scheduling.task import JobScheduling
 
-__all__ = ["Decima", "GraphScheduler", "JobScheduling", "JobSchedulingData"]
+__all__ = ["Decima", "GraphScheduler", "JobScheduling", "JobSchedulingData", "OnlineScheduling"]
 
 del _fetching

@@ -221,6 +221,11 @@ def _advised(batch: Batch, lengths: Tensor) -> Tensor:
     return torch.minimum(count[group], batch["limits"]).float() * (place == stage[group])
 
 
+def candidates(batch: Batch, size: int) -> Tensor:
+    """Numbers of executors (B, W, K, L) that each of K = ``size`` schedulable stages may be given."""
+    return _counts(batch, _limits(batch, size))
+
+
 def _counts(batch: Batch, limits: Tensor) -> Tensor:
     """Numbers of executors (B, W, K, L) that may be chosen, for stages with limits (B, W, K)."""
     shares = torch.tensor(SHARES, device=limits.device)
@@ -247,7 +252,7 @@ def choose(scores: Scores, batch: Batch, flat: Tensor) -> Tensor:
     """Turn numbers of candidates (B, W), of K x L, into actions (B, W, 2)."""
     levels = scores.grid.shape[-1]
     stage, level = flat // levels, flat % levels
-    counts = chosen_of(_counts(batch, _limits(batch, scores.grid.shape[2])), stage).gather(-1, level[..., None])
+    counts = chosen_of(candidates(batch, scores.grid.shape[2]), stage).gather(-1, level[..., None])
     return torch.stack([stage, counts[..., 0].long()], dim=-1)
 
 
@@ -255,7 +260,7 @@ def loss(scores: Scores, batch: Batch, objective: Objective) -> Tensor:
     """Loss of the real steps: of values of candidates, or of the actions that were taken."""
     real = batch["mask"]
     if objective == "imitation":
-        target, known = _taken(scores, batch)
+        target, known = taken(scores, batch)
         grid = scores.grid.flatten(2)
         known = known & real & _reachable(grid.gather(-1, target[..., None])[..., 0])
         return mean(F.cross_entropy(grid[known], target[known], reduction="none"))
@@ -292,7 +297,7 @@ def measure(metrics: MetricCollection, scores: Scores, batch: Batch) -> None:
     The regret is what is lost by the best score among candidates with known values, job-seconds; without values every
     action but the recorded one has a regret of 1.
     """
-    target, known = _taken(scores, batch)
+    target, known = taken(scores, batch)
     hit = (scores.grid.flatten(2).argmax(-1) == target)[batch["mask"] & known].float()
     metrics["accuracy"].update(hit)
     if "values" not in batch:
@@ -304,11 +309,11 @@ def measure(metrics: MetricCollection, scores: Scores, batch: Batch) -> None:
         metrics["regret"].update(lost[batch["mask"] & known.any(-1)])
 
 
-def _taken(scores: Scores, batch: Batch) -> tuple[Tensor, Tensor]:
+def taken(scores: Scores, batch: Batch) -> tuple[Tensor, Tensor]:
     """Number of the candidate, of K x L, that comes nearest to the recorded action (B, W), and where there is one."""
     number, executors = batch["action"].unbind(-1)
-    limits, levels = _limits(batch, scores.grid.shape[2]), scores.grid.shape[-1]
+    limits = _limits(batch, scores.grid.shape[2])
     stage = number.clamp_min(0)
     counts, limit = chosen_of(_counts(batch, limits), stage), chosen_of(limits, stage)[..., None]
     level = (counts - torch.minimum(executors[..., None].float(), limit)).abs().argmin(-1)
-    return stage * levels + level, number >= 0
+    return stage * scores.grid.shape[-1] + level, number >= 0

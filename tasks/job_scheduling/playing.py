@@ -1,4 +1,4 @@
-"""Plays training episodes of Decima, in other processes too, and says how well each step did against like episodes.
+"""Plays training episodes, for Decima in other processes too, and tells how well a step did against like episodes.
 
 Shapes: N episodes, T steps of the longest, R steps of all together; G episodes of a group share jobs and arrivals.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from netllm_pl.ragged import LENGTH
-from netllm_pl.rollout import Array, Observations, rollout
+from netllm_pl.rollout import Array, Observations, Policy, rollout
 from tasks.job_scheduling.decima import READ, DecimaNet, Draws
 from tasks.job_scheduling.decima_kernel import Layers, Weights, decide
 from tasks.job_scheduling.simulator import Simulator
@@ -65,6 +65,9 @@ class KernelPolicy:
     def __init__(self, net: DecimaNet, draws: Draws) -> None:
         self.weights, self.draws = weights_of(net), draws
 
+    def reset(self, n: int) -> None:
+        """Nothing to forget."""
+
     def act(self, observations: Observations) -> Array:
         """Choose stage and executors (N, 2); an episode without schedulable stages gets (-1, 1)."""
         of_stage, of_executors = self.draws.uniforms(), self.draws.uniforms()
@@ -75,20 +78,27 @@ class KernelPolicy:
         return actions
 
 
-class _Player:
-    """Draws actions from streams that are not those of the environment: episodes of a group differ in nothing else."""
+class _Draws:
+    """Draws from streams that are not those of the environment: episodes of a group differ in nothing else."""
 
-    def __init__(self, net: DecimaNet, draws: Sequence[int]) -> None:
-        self.policy = KernelPolicy(net, self)
+    def __init__(self, draws: Sequence[int]) -> None:
         self.streams = [np.random.default_rng(draw) for draw in draws]
-        self.times: list[Array] = []
 
     def uniforms(self) -> Floats:
         """Draw one number for every episode."""
         return np.array([stream.random() for stream in self.streams])
 
+
+class _Clock:
+    """Notes when a policy decides, and when the episodes end."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.times: list[Array] = []
+
     def reset(self, n: int) -> None:
-        """Nothing to forget."""
+        """Begin n episodes."""
+        self.policy.reset(n)
 
     def act(self, observations: Observations) -> Array:
         """Choose stages and executors (N, 2)."""
@@ -101,7 +111,7 @@ class _Player:
 
 
 def play(net: DecimaNet, env: Simulator, seeds: Sequence[int], draws: Sequence[int]) -> Played:
-    """Play episodes with drawn actions.
+    """Play episodes with drawn actions of Decima.
 
     Args:
         net: The network.
@@ -109,16 +119,30 @@ def play(net: DecimaNet, env: Simulator, seeds: Sequence[int], draws: Sequence[i
         seeds: One episode each; equal seeds have equal jobs and arrivals.
         draws: A seed of each episode's actions.
     """
-    player = _Player(net, draws)
-    played = rollout(env, player, seeds, record=True)
+    return watched(KernelPolicy(net, _Draws(draws)), env, seeds, READ)
+
+
+def watched(policy: Policy, env: Simulator, seeds: Sequence[int], names: Sequence[str]) -> Played:
+    """Play episodes and keep what a policy saw.
+
+    Args:
+        policy: Who acts.
+        env: The simulator.
+        seeds: One episode each.
+        names: Observations that are kept.
+    """
+    clock = _Clock(policy)
+    played = rollout(env, clock, seeds, record=True)
     taken = played.alive.T
     columns: dict[str, Array] = {"action": played.actions.swapaxes(0, 1)[taken].astype(np.int16)}
-    for name in READ:
-        values = played.observations[name].T[taken]
-        columns[name] = np.concatenate(list(values))
-        columns[name + LENGTH] = np.fromiter(map(len, values), np.int64, len(values))
+    for name in names:
+        values = played.observations[name].swapaxes(0, 1)[taken]
+        columns[name] = values
+        if values.dtype == object:
+            columns[name] = np.concatenate(list(values))
+            columns[name + LENGTH] = np.fromiter(map(len, values), np.int64, len(values))
     rewards = np.where(played.alive, played.rewards, 0.0)
-    return Played(columns, np.stack(player.times), rewards, played.alive)
+    return Played(columns, np.stack(clock.times), rewards, played.alive)
 
 
 _worker: tuple[Simulator, DecimaNet]

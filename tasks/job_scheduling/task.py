@@ -3,7 +3,7 @@
 Shapes: B batch, W steps, K schedulable stages, L numbers of executors of each.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class JobScheduling(DecisionTask):
     """
 
     monitor = "val/jct_s"
-    answer_columns = ("stage", "executors")
+    answer_columns: ClassVar[tuple[str, ...]] = ("stage", "executors")
     action_shape = (2,)
 
     def __init__(
