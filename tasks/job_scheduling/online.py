@@ -31,7 +31,7 @@ class OnlineScheduling(PlayingScheduler, JobScheduling):
         backbone: The language model.
         optimizer: AdamW's settings.
         both_ways: Whether the tokens of a step see each other in both directions; otherwise each sees earlier ones.
-        sample: Play with drawn decisions after training, too; otherwise with the likeliest.
+        sample: Play with drawn decisions after training, too, as Decima does; otherwise with the likeliest.
         width: Size of the graph network's vectors.
         head_width: Size of the head's.
         rollout_every: Validations between two evaluations by rollout.
@@ -49,11 +49,11 @@ class OnlineScheduling(PlayingScheduler, JobScheduling):
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008  # frozen
         optimizer: OptimizerConfig | None = None,
         both_ways: bool = True,
-        sample: bool = False,
+        sample: bool = True,
         width: int = 64,
         head_width: int = 128,
         rollout_every: int = 1,
-        jobs: int = 20,
+        jobs: int = 12,
         group: int = 8,
         epochs: int = 2,
         minibatches: int = 10,
