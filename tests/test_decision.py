@@ -24,7 +24,7 @@ from netllm_pl.testing import check_task, tiny_backbone
 from tasks.adaptive_bitrate import AdaptiveBitrate, AdaptiveBitrateData, HindsightMLP
 from tasks.adaptive_bitrate.simulator import Rules, Simulator
 from tasks.adaptive_bitrate.synthetic import SyntheticTraces, generate
-from tasks.adaptive_bitrate.task import rescaled
+from tasks.adaptive_bitrate.task import mismeasured, rescaled
 from tasks.adaptive_bitrate.videos import generated_video
 
 STEPS = 24
@@ -385,3 +385,21 @@ def test_rescaled_sessions_take_as_long() -> None:
         expected = value * factors[0].view(-1, *[1] * (value.dim() - 1)) if name in sized else value
         torch.testing.assert_close(changed[name], expected, check_dtype=name not in sized, rtol=1e-5, atol=1e-6)
     assert all(value is batch[name] for name, value in changed.items() if name not in sized)
+
+
+def test_half_of_the_windows_are_measured_badly_in_training() -> None:
+    torch.manual_seed(0)
+    chunk = torch.arange(1.0, 13.0).unfold(0, 5, 1).expand(2000, -1, -1)  # the chunk that each measurement is of
+    batch = {"throughput": chunk, "delay_s": 4 / chunk, "buffer_s": torch.ones(2000, 8)}
+    assert mismeasured(batch, 0.0) is batch
+    changed = mismeasured(batch, 0.6)
+    torch.testing.assert_close(changed["throughput"] * changed["delay_s"], torch.full((2000, 8, 5), 4.0))
+    assert changed["buffer_s"] is batch["buffer_s"]
+    factors = changed["throughput"] / chunk
+    torch.testing.assert_close(factors[:, 1:, :-1], factors[:, :-1, 1:])  # a chunk keeps its factor
+    spread = factors[:, ::4].flatten(1).log().std(1)
+    assert float((spread > 1e-4).float().mean()) == pytest.approx(0.5, abs=0.04)
+    assert float(spread[spread > 1e-4].mean()) == pytest.approx(0.3, rel=0.1) and spread.max() < 1.2
+    for kind in (AdaptiveBitrate, HindsightMLP):
+        with pytest.raises(UserError, match=r"model.noise is -1"):
+            kind(noise=-1.0)

@@ -17,6 +17,7 @@ from netllm_pl.testing import check_task, tiny_backbone
 from tasks.viewport_prediction import ViewportGRU, ViewportPrediction, ViewportPredictionData, ViewportTRACK
 from tasks.viewport_prediction.model import CircularError, ViewportModel, wrap
 from tasks.viewport_prediction.synthetic import Synthetic
+from tasks.viewport_prediction.windows import Disturbance
 
 ViT = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = VisionConfig(config={"image_size": [8, 16], **ViT}, cache=False)
@@ -242,6 +243,27 @@ def test_augmentation_moves_past_and_future_together(kind: type[ViewportModel], 
     torch.testing.assert_close(ratio.nan_to_num(0.0).amax(1), -(-ratio).nan_to_num(-9.0).amax(1), atol=5e-3, rtol=0)
     same = started(kind, rotate=0.0, mirror=False).augment(batch)
     torch.testing.assert_close(same["history"], wrap(batch["history"]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [ViewportPrediction, ViewportGRU])
+def test_half_of_the_histories_are_disturbed_in_training(kind: type[ViewportModel]) -> None:
+    history = torch.cumsum(torch.randn(4000, 10, 3), dim=1)
+    batch = {"history": history, "future": history[:, -1:].expand(-1, 20, -1).contiguous()}
+    still = {"rotate": 0.0, "mirror": False}
+    torch.manual_seed(4)
+    noisy = started(kind, **still, disturb=Disturbance(missing=0.0)).augment(batch)
+    torch.testing.assert_close(noisy["future"], batch["future"], atol=1e-3, rtol=0)
+    spread = (noisy["history"] - history).flatten(1).std(1)
+    assert float((spread > 0.01).float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(spread[spread > 0.01].mean()) == pytest.approx(2.5, rel=0.05) and spread.max() < 8.0
+    holed = started(kind, **still, disturb=Disturbance(0.0, 0.6)).augment(batch)["history"]
+    lost = ((holed - history).abs() > 1e-3).any(-1)
+    assert float(lost.any(1).float().mean()) == pytest.approx(0.5 * 0.87, abs=0.04)  # some lose nothing
+    assert float(lost.float().mean()) == pytest.approx(0.15, abs=0.02) and not lost.all()
+    gaps = lost[:, 1:]
+    torch.testing.assert_close(holed[:, 1:][gaps], holed[:, :-1][gaps])
+    with pytest.raises(UserError, match=r"disturb: noise_deg is 5.0 .*, missing 1.0"):
+        Disturbance(missing=1.0)
 
 
 def test_augmented_pictures_keep_their_place(batch: Batch) -> None:

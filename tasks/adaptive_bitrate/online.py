@@ -58,8 +58,8 @@ class OnlineBitrate(OnlineTask, AdaptiveBitrate):
         remembered: int = 8,
     ) -> None:
         AdaptiveBitrate.__init__(
-            self, backbone, optimizer, levels, history, lookahead, 0.0, context, width=width, head_width=head_width,
-            rollout_every=rollout_every,
+            self, backbone, optimizer, levels, history, lookahead, rescale=0.0, context=context, width=width,
+            head_width=head_width, rollout_every=rollout_every,
         )  # fmt: skip
         self.online(group, discount, epochs, minibatches, clip, entropy, method, explore, remembered)
 

@@ -13,7 +13,7 @@ from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.decision import DecisionTask
 from netllm_pl.encoders import ScalarEncoder, SeriesEncoder
-from netllm_pl.errors import UserError
+from netllm_pl.errors import UserError, at_least
 from netllm_pl.task import OptimizerConfig, check_columns
 
 OBSERVED = ("level", "buffer_s", "throughput", "delay_s", "next_bytes", "chunks_left")
@@ -34,6 +34,8 @@ class AdaptiveBitrate(DecisionTask):
         lookahead: Chunks whose sizes are seen (A), as the data gives them; 0, and the published tokens, see the next.
         rescale: In training, standard deviation of the log of a random factor on throughput and sizes, one for a
             window: the session is the same, the chunks are larger for their nominal bitrate, as in other videos.
+        noise: In training, in half of the windows, random factors on what is measured, as ``data.noise`` of tests; the
+            standard deviation of their log is drawn for each of these windows between 0 and this.
         context: Steps that a decision sees, the current one included.
         objective: Learn hindsight values (``values``), or the actions of the experience (``imitation``).
         tokens: ``compact``: one token for the series, one for the rest. ``published``: as NetLLM, one token each for
@@ -60,6 +62,7 @@ class AdaptiveBitrate(DecisionTask):
         history: int = 10,
         lookahead: int = 5,
         rescale: float = 0.2,
+        noise: float = 0.0,
         context: int = 20,
         objective: Objective = "values",
         tokens: Literal["compact", "published"] = "compact",
@@ -77,7 +80,9 @@ class AdaptiveBitrate(DecisionTask):
             head_width, rollout_every,
         )  # fmt: skip
         assert self.backbone is not None
-        self.levels, self.history, self.layout, self.rescale = levels, history, tokens, rescale
+        self.levels, self.history, self.layout = levels, history, tokens
+        at_least(0, "model.", noise=noise)
+        self.rescale, self.noise = rescale, noise
         self.lookahead = lookahead if tokens == "compact" else 0
         d_model, scale = self.backbone.d_model, self.backbone.token_scale
 
@@ -95,8 +100,8 @@ class AdaptiveBitrate(DecisionTask):
             )
 
     def augment(self, batch: Batch) -> Batch:
-        """Vary how large chunks are for their nominal bitrate."""
-        return rescaled(batch, self.rescale)
+        """Vary how large chunks are for their nominal bitrate, and what is measured."""
+        return mismeasured(rescaled(batch, self.rescale), self.noise)
 
     def state(self, batch: Batch) -> Tensor:
         """Encode the observations of every step: (B, W, S, d_model)."""
@@ -155,3 +160,18 @@ def rescaled(batch: Batch, deviation: float) -> Batch:
     sized = [name for name in ("throughput", "next_bytes", "upcoming_mb") if name in batch]
     factor = torch.exp(deviation * torch.randn(len(batch["level"]), device=batch["level"].device))
     return batch | {name: batch[name] * factor.view(-1, *[1] * (batch[name].dim() - 1)) for name in sized}
+
+
+def mismeasured(batch: Batch, largest: float) -> Batch:
+    """Multiply the throughputs of half of the windows (B, W, H), and divide the times, by random factors.
+
+    A chunk keeps its factor in all observations of the window that remember it.
+    """
+    if not largest:
+        return batch
+    windows, steps, history = batch["throughput"].shape
+    drawn = torch.rand(2, windows, 1, device=batch["throughput"].device)
+    deviation = torch.where(drawn[0] < 0.5, largest * drawn[1], 0.0)
+    logs = deviation * torch.randn(windows, steps + history - 1, device=deviation.device)
+    factor = torch.exp(logs).unfold(1, history, 1)
+    return batch | {"throughput": batch["throughput"] * factor, "delay_s": batch["delay_s"] / factor}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from netllm_pl.data import Batch
 from netllm_pl.task import OptimizerConfig
 from tasks.viewport_prediction.model import ViewportModel, wrap
+from tasks.viewport_prediction.windows import Disturbance
 
 MOTION = 30.0  # degrees: scale of inputs and outputs
 
@@ -27,6 +28,7 @@ class ViewportGRU(ViewportModel):
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
+        disturb: Noise and gaps in the histories of training.
         width: Size of the recurrent state.
         layers: Recurrent layers.
     """
@@ -41,10 +43,11 @@ class ViewportGRU(ViewportModel):
         mirror: bool = False,
         stretch: float = 0.0,
         mirror_average: bool = False,
+        disturb: Disturbance | None = None,
         width: int = 128,
         layers: int = 1,
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
+        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb)
         self.gru = nn.GRU(8, width, layers, batch_first=True)
         self.out = nn.Linear(width, 3 * horizon)
 
@@ -75,6 +78,7 @@ class ViewportTRACK(ViewportModel):
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
+        disturb: Noise and gaps in the histories of training.
         width: Size of the LSTMs' states.
         saliency: Rows and columns of the saliency map, centred on the viewer's yaw.
     """
@@ -89,10 +93,11 @@ class ViewportTRACK(ViewportModel):
         mirror: bool = True,
         stretch: float = 0.0,
         mirror_average: bool = False,
+        disturb: Disturbance | None = None,
         width: int = 128,
         saliency: tuple[int, int] = (16, 32),
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
+        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb)
         self.saliency = saliency
         self.position = nn.LSTM(4, width, batch_first=True)
         self.content = nn.LSTM(saliency[0] * saliency[1], width, batch_first=True)

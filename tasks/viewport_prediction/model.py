@@ -17,6 +17,7 @@ from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
 from netllm_pl.processes import mean
 from netllm_pl.task import NetTask, OptimizerConfig, check_columns
+from tasks.viewport_prediction.windows import Disturbance, held
 
 ANGLES = ("roll", "pitch", "yaw")
 
@@ -95,6 +96,7 @@ class ViewportModel(NetTask):
         stretch: Training scales the motion of each window by a random factor in [1 - stretch, 1 + stretch].
         mirror_average: Outside training, predict each window and its mirror image, in one pass of a doubled batch, and
             take the mean; it costs twice the computation.
+        disturb: Noise and gaps in the histories of training; null leaves them as they are.
     """
 
     monitor = "val/mae_deg"
@@ -111,6 +113,7 @@ class ViewportModel(NetTask):
         mirror: bool = True,
         stretch: float = 0.0,
         mirror_average: bool = False,
+        disturb: Disturbance | None = None,
     ) -> None:
         super().__init__(backbone, optimizer)
         if history < 2 or horizon < 1:
@@ -118,6 +121,7 @@ class ViewportModel(NetTask):
         self.history, self.horizon = history, horizon
         self.objective, self.rotate, self.mirror, self.stretch = objective, rotate, mirror, stretch
         self.mirror_average = mirror_average
+        self.disturb = disturb
         self.told: dict[str, npt.NDArray[np.float64]] = {}
         """Columns (B,) about the last prediction, for episodes.parquet: such as whether it was valid."""
 
@@ -179,7 +183,7 @@ class ViewportModel(NetTask):
         return unwrapped(torch.cat([last, angles], dim=1))[:, 1:] - last
 
     def augment(self, batch: Batch) -> Batch:
-        """Turn windows around the vertical axis and mirror them, pictures with them.
+        """Turn windows around the vertical axis and mirror them, pictures with them; disturb histories.
 
         `frame` (B, 2) keeps what was done: a picture's yaw y becomes sign * y + turn.
         """
@@ -198,4 +202,16 @@ class ViewportModel(NetTask):
             name: wrap((last + gain * self._motion(batch[name], last, name)) * factor + shift)
             for name in ("history", "future")
         }
+        if self.disturb is not None:
+            turned["history"] = self._disturbed(turned["history"], self.disturb)
         return {**batch, **turned, "frame": torch.stack([sign, turn], dim=-1)}
+
+    @staticmethod
+    def _disturbed(history: Tensor, disturb: Disturbance) -> Tensor:
+        def strength(largest: float) -> Tensor:  # (B, 1)
+            drawn = torch.rand(2, len(history), 1, device=history.device)
+            return torch.where(drawn[0] < disturb.share, largest * drawn[1], 0.0)
+
+        noise = strength(disturb.noise_deg).unsqueeze(-1) * torch.randn_like(history)
+        there = torch.rand_like(history[..., 0]) >= strength(disturb.missing)
+        return held(wrap(history + noise), there)

@@ -16,6 +16,7 @@ from netllm_pl.errors import UserError
 from netllm_pl.heads import RegressionHead
 from netllm_pl.task import OptimizerConfig, Prompt
 from tasks.viewport_prediction.model import ViewportModel, wrap
+from tasks.viewport_prediction.windows import Disturbance
 
 MOTION = 30.0  # degrees: scale of motion within a window
 STEP = 5.0  # degrees: scale of motion between two samples
@@ -39,6 +40,7 @@ class ViewportPrediction(ViewportModel):
         mirror: Mirror windows at random in training.
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
+        disturb: Noise and gaps in the histories of training.
         vision: Vision transformer for pictures; null reads none.
         picture_tokens: Tokens per picture.
         representation: ``relative`` motion, or ``absolute`` angles normalised by 180 degrees as published.
@@ -58,6 +60,7 @@ class ViewportPrediction(ViewportModel):
         mirror: bool = True,
         stretch: float = 0.0,
         mirror_average: bool = False,
+        disturb: Disturbance | None = None,
         vision: VisionConfig | None = None,
         picture_tokens: int = 4,
         representation: Literal["relative", "absolute"] = "relative",
@@ -65,7 +68,9 @@ class ViewportPrediction(ViewportModel):
         width: int = 128,
         head_width: int | None = 256,
     ) -> None:
-        super().__init__(backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average)
+        super().__init__(
+            backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb
+        )
         assert self.backbone is not None
         self.representation, self.decoding = representation, decoding
         self.fixed = vision is None

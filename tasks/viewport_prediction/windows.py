@@ -31,6 +31,33 @@ class Windows:
         return len(self.t)
 
 
+@dataclass(frozen=True)
+class Disturbance:
+    """What training does to histories, so that noise and gaps in use do less harm.
+
+    Attributes:
+        noise_deg: Largest standard deviation of noise on angles; one is drawn between 0 and this for a history.
+        missing: Largest share of samples that are lost, drawn likewise; the one before is held.
+        share: Share of the histories with noise, and, drawn apart, of those with gaps.
+    """
+
+    noise_deg: float = 5.0
+    missing: float = 0.5
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be drawn from.
+
+        Raises:
+            UserError: A value is out of its range.
+        """
+        if not (self.noise_deg >= 0 and 0 <= self.missing < 1 and 0 <= self.share <= 1):
+            raise UserError(
+                f"disturb: noise_deg is {self.noise_deg} (0 or above), missing {self.missing} (from 0 to below 1), "
+                f"share {self.share} (from 0 to 1)"
+            )
+
+
 def make_windows(
     traces: Traces,
     videos: Sequence[int | str] | None,
@@ -139,15 +166,19 @@ def disturbed(history: Tensor, window: Tensor, noise_deg: float, missing: float)
     if not noise_deg and not missing:
         return history
     told = history.numpy().copy()
+    there = np.empty(told.shape[:2], dtype=np.bool_)
     for row, number in enumerate(window.tolist()):
         random = np.random.default_rng([number, 5])
         told[row] += noise_deg * random.standard_normal(told[row].shape).astype(told.dtype)
-        there = random.random(len(told[row])) >= missing
-        if not there.any():
-            there[0] = True
-        last = np.maximum.accumulate(np.where(there, np.arange(len(there)), -1))
-        told[row] = told[row][np.where(last < 0, there.argmax(), last)]
-    return torch.from_numpy((told + 180) % 360 - 180 if noise_deg else told)
+        there[row] = random.random(len(told[row])) >= missing
+    return held(torch.from_numpy((told + 180) % 360 - 180 if noise_deg else told), torch.from_numpy(there))
+
+
+def held(history: Tensor, there: Tensor) -> Tensor:
+    """Histories (B, T, 3) in which samples that are not there (B, T) are those before them, or else the first one."""
+    place = torch.where(there, torch.arange(there.shape[1], device=there.device), -1).cummax(1).values
+    place = torch.where(place < 0, there.int().argmax(1, keepdim=True), place)  # none is there: all are the first
+    return history.gather(1, place.unsqueeze(-1).expand_as(history))
 
 
 def _mask(labels: Labels, wanted: Sequence[int | str] | None, where: str) -> NDArray[np.bool_]:
