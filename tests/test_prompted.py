@@ -1,5 +1,6 @@
 """Viewports as text: what is spelt is read again, batches write what single rows do, mistakes are counted."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,19 @@ def batch_of(size: int = 4) -> dict[str, torch.Tensor]:
 
 
 class Oracle(PromptedViewport):
-    """Says what it is told to, whatever it reads; a word that all rows have at the same time ends none too early."""
+    """Says what it is told to, whatever it reads."""
 
     texts: tuple[str, ...] = ()
 
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        scores = torch.zeros(len(hidden), len(self.words))
-        for row, text in enumerate(self.left):
-            scores[row, self.tokenizer.ids(text[self.said] if self.said < len(text) else END)] = 1.0
-        self.said += 1
-        self.left = [text for text in self.left if hopeful(text[: self.said], self.horizon)]
-        return scores
+    def _write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        return list(self.texts)
 
 
 @pytest.mark.parametrize("representation", ["absolute", "relative"])
 def test_answers_become_predictions(representation: Any) -> None:
     torch.manual_seed(0)
     task = Oracle(tiny_backbone(), history=3, horizon=2, representation=representation).eval()
-    task.left, task.said = ["1,2,3;-4,5,6;", "7,8,9;,,,,", "\n\n;", "0,0,0;10,0,-20;"], 0
+    task.texts = ("1,2,3;-4,5,6;", "7,8,9;,,,,", "\n\n;", "0,0,0;10,0,-20;")
     batch = batch_of()
     last = batch["history"][:, -1]
     start = last if representation == "relative" else torch.zeros_like(last)
@@ -88,6 +84,7 @@ def test_answers_become_predictions(representation: Any) -> None:
 
 def test_writing_in_a_batch_is_writing_one_by_one_without_a_cache() -> None:
     task = task_of()
+    assert task.backbone is not None
     prompts = [task.tokenizer.ids(text) for text in ("1,2,3;", "-10,20,30;4,5,6;", "7,7,7;")]
     with torch.inference_mode():
         together = task._write(prompts)
@@ -95,7 +92,7 @@ def test_writing_in_a_batch_is_writing_one_by_one_without_a_cache() -> None:
             text, ids = "", list(prompt)
             while len(text) < len(written):
                 row = torch.tensor([ids])
-                word = int(task._scores(task._run(row, torch.ones_like(row, dtype=torch.bool))[:, -1]).argmax())
+                word = int(task._scores(task.backbone(task.vectors[row])[:, -1]).argmax())
                 ids.append(word)
                 text += task.tokenizer.text([word])
             assert text == written and not hopeful(text, 2)

@@ -58,6 +58,7 @@ class Part:
         shown: Policies in cdf and box; null takes all.
         extra: Columns of episodes.parquet to report beside the metrics, where a policy has them.
         alone: Evaluate while nothing else runs, as times are measured.
+        seeds: Of the runs' seeds, those that are evaluated; null takes all.
         x: What the axis of curves is called; ``log`` in front of it makes it logarithmic.
         note: What a reader must know, such as a leak; it stands above the tables.
     """
@@ -70,6 +71,7 @@ class Part:
     shown: list[str] | None = None
     extra: list[str] = field(default_factory=list)
     alone: bool = False
+    seeds: list[int] | None = None
     x: str = ""
     note: str = ""
 
@@ -257,7 +259,7 @@ class Plan:
 
     def policies(self, part: Part) -> list[Policy]:
         """Return what a part compares."""
-        return [self._policy(name) for name in _listed(part)]
+        return [self._policy(name, part) for name in _listed(part)]
 
     def command(self, name: str) -> str:
         """Command of a run with the study's texts in it."""
@@ -288,32 +290,33 @@ class Plan:
         """Options of `evaluate` for a setting."""
         return shlex.split(expanded(f"{part.options} {part.settings[setting]}", self.study.names))
 
-    def _policy(self, name: str) -> Policy:
+    def _policy(self, name: str, part: Part) -> Policy:
         run, _, file = name.partition("/")
         if run not in self.study.runs:
             return Policy(name, {None: name}, None)
-        paths = {seed: self.folder(run, seed) for seed in self.seeds(run)}
+        chosen = [s for s in self.seeds(run) if part.seeds is None or s is None or s in part.seeds]
+        paths = {seed: self.folder(run, seed) for seed in chosen}
         return Policy(name, {s: str(p if p.suffix == ".ckpt" else p / (file or BEST)) for s, p in paths.items()}, run)
 
     def _evaluate(self, name: str, part: Part, setting: str) -> None:
-        groups = [[self._policy(each.strip()) for each in group.split(",")] for group in part.policies]
+        groups = [[self._policy(each.strip(), part) for each in group.split(",")] for group in part.policies]
         # The reference first: without it a study that was stopped has nothing to report.
         order = sorted(range(len(groups)), key=lambda k: all(policy.name != part.reference for policy in groups[k]))
         for chosen, group in ((groups[k], part.policies[k]) for k in order):
-            needs = [job for policy in chosen if policy.run is not None for job in self._add(policy.run)]
+            needs = [job for policy in chosen if policy.run for job in self._add(policy.run, [*policy.weights])]
             weights = ",".join(path for policy in chosen for path in policy.weights.values())
             folder = self.place(name, setting, group)
             words = ("evaluate", *self.options(part, setting), "--policies", weights, "--out", str(folder))
             title = f"{name}/{setting}/{group}"
             self.jobs[title] = Job(title, words, tuple(needs), folder, part.alone)
 
-    def _add(self, name: str) -> list[str]:
-        """Add the jobs of a run, behind those that they need; return their names."""
+    def _add(self, name: str, seeds: Sequence[int | None] | None = None) -> list[str]:
+        """Add the jobs of a run, of all seeds or some, behind those that they need; return their names."""
         if name in self.trained:
             return []
         titles = []
         kind, _, options = self.command(name).partition(" ")
-        for seed in self.seeds(name):
+        for seed in self.seeds(name) if seeds is None else seeds:
             title, folder = self.title(name, seed), self.folder(name, seed)
             titles.append(title)
             if title in self.jobs:

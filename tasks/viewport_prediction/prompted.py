@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.data import Batch
 from netllm_pl.errors import UserError
 from netllm_pl.task import OptimizerConfig
 from netllm_pl.text import words_of
+from netllm_pl.writing import write
 from tasks.viewport_prediction.model import ViewportModel, wrap
 
 ASKED = {
@@ -49,8 +49,9 @@ class PromptedViewport(ViewportModel):
     """The language model reads the history as text and writes the horizon as text; LoRA learns, nothing else.
 
     This is the way that the paper argues against. An answer is as long as its text: a few hundred passes of the model,
-    with a key/value cache. One that is no list of ``horizon`` samples is invalid; what it says until there is taken,
-    and the rest is held, the last sample of the history if it says nothing. Numbers are rounded to degrees.
+    with keys and values kept (`netllm_pl.writing`). One that is no list of ``horizon`` samples is invalid; what it says
+    until there is taken, and the rest is held, the last sample of the history if it says nothing. Numbers are rounded
+    to degrees.
 
     Args:
         backbone: The language model; it must be causal.
@@ -81,6 +82,7 @@ class PromptedViewport(ViewportModel):
         self.representation = representation
         words = words_of(backbone, self.backbone.d_model, self.backbone.token_scale)
         self.tokenizer = words.tokenizer
+        self.spellings: dict[int, str] = {}
         self.vectors: Tensor
         self.words: Tensor
         self.register_buffer("vectors", words.vectors.to(self.backbone.dtype), persistent=False)
@@ -141,45 +143,31 @@ class PromptedViewport(ViewportModel):
         starts, ends = (torch.tensor(sizes, device=self.device)[:, None] for sizes in (
             [len(prompt) for prompt in prompts], [len(line) for line in lines],
         ))  # fmt: skip
-        hidden = self._run(ids, place < ends)
+        assert self.backbone is not None
+        hidden = self.backbone(F.embedding(ids, self.vectors))  # nothing sees what fills up the lines behind it
         wanted = (place >= starts) & (place < ends)
         return Taught(self._scores(hidden[:, :-1][wanted[:, 1:]]), ids[wanted])
-
-    def _run(
-        self, ids: Tensor, mask: Tensor, cache: DynamicCache | None = None, places: Tensor | None = None
-    ) -> Tensor:
-        assert self.backbone is not None
-        hidden: Tensor = self.backbone(F.embedding(ids, self.vectors), mask, cache, places)
-        return hidden
 
     def _scores(self, hidden: Tensor) -> Tensor:
         return (hidden.to(self.words.dtype) @ self.words.T).float()
 
     def _write(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """Answer word by word, the likeliest each time, until all answers have ended or cannot be valid any more."""
-        longest = max(map(len, prompts))
-        # Prompts end together: what is written stands behind all of them.
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
-        mask = torch.tensor(
-            [[place >= longest - len(p) for place in range(longest)] for p in prompts], device=self.device
-        )
-        places = (mask.long().cumsum(1) - 1).clamp_min(0)
-        cache, written = DynamicCache(), [list[int]() for _ in prompts]
-        going = list(range(len(prompts)))
-        for _ in range(WORDS * self.horizon):
-            chosen = self._scores(self._run(ids, mask, cache, places)[:, -1]).argmax(-1)
-            for row, word in zip(going, chosen.tolist(), strict=True):
-                written[row].append(word)
-            kept = [k for k, row in enumerate(going) if hopeful(self.tokenizer.text(written[row]), self.horizon)]
-            if not kept:
-                break
-            if len(kept) < len(going):
-                rows = torch.tensor(kept, device=self.device)
-                cache.batch_select_indices(rows)
-                going, chosen, mask, places = [going[k] for k in kept], chosen[rows], mask[rows], places[rows]
-            ids, places = chosen[:, None], places[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        return [self.tokenizer.text(words) for words in written]
+        assert self.backbone is not None
+        written = [""] * len(prompts)
+
+        def goes_on(row: int, word: int) -> bool:
+            written[row] += self._spelling(word)
+            return hopeful(written[row], self.horizon)
+
+        found = write(self.backbone, self.vectors, self.words, prompts, WORDS * self.horizon, goes_on)
+        return [self.tokenizer.text(words) for words in found]
+
+    def _spelling(self, word: int) -> str:
+        """Text of a word alone."""
+        if word not in self.spellings:
+            self.spellings[word] = self.tokenizer.text([word])
+        return self.spellings[word]
 
 
 def spelt(numbers: Sequence[Sequence[int]]) -> str:
