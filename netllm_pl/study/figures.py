@@ -44,6 +44,8 @@ def draw(plan: Plan, part: Part, found: Mapping[str, Found], runs: Mapping[str, 
             lines.append(("", bars, lambda axes, _, told: _bars(axes, told, told.main, look, label)))
         elif kind == "factors":
             lines += [("", bars, _factor(metric, look, label)) for metric in first.metrics[1:]]
+        elif kind == "extra":
+            lines += [("", bars, _factor(Metric(name, name), look, label)) for name in part.extra]
         elif kind in ("cdf", "box"):
             shown = part.shown or names
             lines.append(("", 3.4 if kind == "cdf" else bars, _spread(kind, shown, look, label)))

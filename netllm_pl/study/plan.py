@@ -21,7 +21,7 @@ OVERLAYS = ("generated", "quick")
 """Sections that change the others: for data that are generated, and for sizes that take seconds."""
 NAME = re.compile(r"\{(\w+)\}")
 
-Figures = Literal["bars", "factors", "cdf", "box", "curve", "progress"]
+Figures = Literal["bars", "factors", "extra", "cdf", "box", "curve", "progress"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Part:
             ``RUN/last.ckpt``. Those of one line, separated by commas, are evaluated by one command.
         reference: The policy that all others are compared with.
         settings: Further options of `evaluate` by name of the setting.
-        figures: What is drawn: the main metric (bars), the others (factors), its distribution (cdf, box), over ``x``
-            (curve), and validations over the time of training (progress).
+        figures: What is drawn: the main metric (bars), the others (factors), what else is reported (extra), the main
+            metric's distribution (cdf, box), over ``x`` (curve), and validations over the time of training (progress).
         shown: Policies in cdf and box; null takes all.
         extra: Columns of episodes.parquet to report beside the metrics, where a policy has them.
         alone: Evaluate while nothing else runs, as times are measured.

@@ -136,7 +136,8 @@ def _summary(told: dict[str, pd.DataFrame], metrics: Sequence[Metric], extra: Se
     """Means with intervals, and how much better the first policy is than each."""
     found = summarise(pd.concat(told.values(), ignore_index=True), metrics, list(told))
     for column in extra:
-        some = {name: frame for name, frame in told.items() if column in frame}
+        # What one command evaluated together has the columns of all of them.
+        some = {name: frame for name, frame in told.items() if column in frame and frame[column].notna().all()}
         if some:
             more = summarise(pd.concat(some.values(), ignore_index=True), [Metric(column, column)], list(some))
             found = pd.concat([found, more], ignore_index=True)
