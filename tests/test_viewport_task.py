@@ -266,6 +266,20 @@ def test_half_of_the_histories_are_disturbed_in_training(kind: type[ViewportMode
         Disturbance(missing=1.0)
 
 
+@pytest.mark.parametrize("kind", [ViewportPrediction, ViewportGRU])
+def test_half_of_the_windows_run_backwards_in_training(kind: type[ViewportModel]) -> None:
+    path = torch.cumsum(torch.randn(400, 30, 3), dim=1)
+    batch = {"history": path[:, :10], "future": path[:, 10:]}
+    torch.manual_seed(5)
+    model = started(kind, rotate=0.0, mirror=False, reverse=True)
+    augmented = model.augment(batch)
+    moved = torch.cat([augmented["history"], augmented["future"]], dim=1)
+    forwards, backwards = ((moved - one).abs().amax((1, 2)) < 1e-3 for one in (path, path.flip(1)))
+    assert (forwards ^ backwards).all() and 150 < int(backwards.sum()) < 250
+    with_pictures = batch | {"pictures": torch.zeros(400, 1, 2, 2, 3, dtype=torch.uint8)}
+    torch.testing.assert_close(model.augment(with_pictures)["history"], batch["history"], atol=1e-3, rtol=0)
+
+
 def test_augmented_pictures_keep_their_place(batch: Batch) -> None:
     """Turning a window is the same as turning the world: the picture's patches lie where they lay for the viewer."""
     model: Any = stirred(vision=VISION, mirror=False)

@@ -29,6 +29,7 @@ class ViewportGRU(ViewportModel):
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
         disturb: Noise and gaps in the histories of training.
+        reverse: Run half of the windows backwards in training.
         width: Size of the recurrent state.
         layers: Recurrent layers.
     """
@@ -44,10 +45,13 @@ class ViewportGRU(ViewportModel):
         stretch: float = 0.0,
         mirror_average: bool = False,
         disturb: Disturbance | None = None,
+        reverse: bool = False,
         width: int = 128,
         layers: int = 1,
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb)
+        super().__init__(
+            None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb, reverse
+        )
         self.gru = nn.GRU(8, width, layers, batch_first=True)
         self.out = nn.Linear(width, 3 * horizon)
 
@@ -79,6 +83,7 @@ class ViewportTRACK(ViewportModel):
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
         disturb: Noise and gaps in the histories of training.
+        reverse: Run half of the windows backwards in training.
         width: Size of the LSTMs' states.
         saliency: Rows and columns of the saliency map, centred on the viewer's yaw.
     """
@@ -94,10 +99,13 @@ class ViewportTRACK(ViewportModel):
         stretch: float = 0.0,
         mirror_average: bool = False,
         disturb: Disturbance | None = None,
+        reverse: bool = False,
         width: int = 128,
         saliency: tuple[int, int] = (16, 32),
     ) -> None:
-        super().__init__(None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb)
+        super().__init__(
+            None, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb, reverse
+        )
         self.saliency = saliency
         self.position = nn.LSTM(4, width, batch_first=True)
         self.content = nn.LSTM(saliency[0] * saliency[1], width, batch_first=True)

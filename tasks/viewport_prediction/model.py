@@ -97,6 +97,7 @@ class ViewportModel(NetTask):
         mirror_average: Outside training, predict each window and its mirror image, in one pass of a doubled batch, and
             take the mean; it costs twice the computation.
         disturb: Noise and gaps in the histories of training; null leaves them as they are.
+        reverse: Training runs half of the windows without pictures backwards in time.
     """
 
     monitor = "val/mae_deg"
@@ -114,6 +115,7 @@ class ViewportModel(NetTask):
         stretch: float = 0.0,
         mirror_average: bool = False,
         disturb: Disturbance | None = None,
+        reverse: bool = False,
     ) -> None:
         super().__init__(backbone, optimizer)
         if history < 2 or horizon < 1:
@@ -121,7 +123,7 @@ class ViewportModel(NetTask):
         self.history, self.horizon = history, horizon
         self.objective, self.rotate, self.mirror, self.stretch = objective, rotate, mirror, stretch
         self.mirror_average = mirror_average
-        self.disturb = disturb
+        self.disturb, self.reverse = disturb, reverse
         self.told: dict[str, npt.NDArray[np.float64]] = {}
         """Columns (B,) about the last prediction, for episodes.parquet: such as whether it was valid."""
 
@@ -183,11 +185,13 @@ class ViewportModel(NetTask):
         return unwrapped(torch.cat([last, angles], dim=1))[:, 1:] - last
 
     def augment(self, batch: Batch) -> Batch:
-        """Turn windows around the vertical axis and mirror them, pictures with them; disturb histories.
+        """Turn windows around the vertical axis and mirror them, pictures with them; reverse and disturb them.
 
         `frame` (B, 2) keeps what was done: a picture's yaw y becomes sign * y + turn.
         """
         check_columns(batch, ("history",))
+        if self.reverse and "pictures" not in batch:  # a picture would be of another time
+            batch = self._reversed(batch)
         history = batch["history"]
         size, device = history.shape[0], history.device
         turn = (torch.rand(size, device=device) * 2 - 1) * self.rotate
@@ -205,6 +209,13 @@ class ViewportModel(NetTask):
         if self.disturb is not None:
             turned["history"] = self._disturbed(turned["history"], self.disturb)
         return {**batch, **turned, "frame": torch.stack([sign, turn], dim=-1)}
+
+    @staticmethod
+    def _reversed(batch: Batch) -> Batch:
+        path, seen = torch.cat([batch["history"], batch["future"]], dim=1), batch["history"].shape[1]
+        backwards = torch.rand(len(path), 1, 1, device=path.device) < 0.5
+        path = torch.where(backwards, path.flip(1), path)
+        return {**batch, "history": path[:, :seen], "future": path[:, seen:]}
 
     @staticmethod
     def _disturbed(history: Tensor, disturb: Disturbance) -> Tensor:

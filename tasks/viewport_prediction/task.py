@@ -41,6 +41,7 @@ class ViewportPrediction(ViewportModel):
         stretch: Scale motion at random by up to that share in training.
         mirror_average: Average the predictions of a window and its mirror image.
         disturb: Noise and gaps in the histories of training.
+        reverse: Run half of the windows backwards in training.
         vision: Vision transformer for pictures; null reads none.
         picture_tokens: Tokens per picture.
         representation: ``relative`` motion, or ``absolute`` angles normalised by 180 degrees as published.
@@ -61,6 +62,7 @@ class ViewportPrediction(ViewportModel):
         stretch: float = 0.0,
         mirror_average: bool = False,
         disturb: Disturbance | None = None,
+        reverse: bool = False,
         vision: VisionConfig | None = None,
         picture_tokens: int = 4,
         representation: Literal["relative", "absolute"] = "relative",
@@ -69,8 +71,9 @@ class ViewportPrediction(ViewportModel):
         head_width: int | None = 256,
     ) -> None:
         super().__init__(
-            backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb
-        )
+            backbone, optimizer, history, horizon, objective, rotate, mirror, stretch, mirror_average, disturb,
+            reverse,
+        )  # fmt: skip
         assert self.backbone is not None
         self.representation, self.decoding = representation, decoding
         self.fixed = vision is None
