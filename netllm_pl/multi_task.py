@@ -45,6 +45,7 @@ class MultiTask(NetTask):
         backbone: The language model; it takes the place of those of the tasks.
         tasks: YAML files of the tasks, as `fit` takes them; a task is called as its file. Of each the class and the
             arguments of its model are taken, and of its optimiser nothing.
+        changes: Arguments of a task's model to set otherwise, by task, such as ``{viewport_prediction: {vision: null}}``.
         optimizer: AdamW's settings, of all tasks together.
         shared_adapter: One adapter for all tasks in place of one each.
     """
@@ -53,13 +54,13 @@ class MultiTask(NetTask):
         self,
         backbone: BackboneConfig,
         tasks: list[str],
+        changes: dict[str, dict[str, Any]] | None = None,
         optimizer: OptimizerConfig | None = None,
         shared_adapter: bool = False,
     ) -> None:
         super().__init__(None, optimizer)
         built: dict[str, NetTask] = {}
-        for name, file in _named(tasks).items():
-            part = _part(file, "model")
+        for name, (file, part) in _changed(tasks, "model", changes).items():
             settings = {**part["init_args"], "backbone": plain(backbone)}
             kind = find_class(NetTask, part["class_path"], "task")  # type: ignore[type-abstract]
             if "backbone" not in inspect.signature(kind).parameters:
@@ -212,15 +213,9 @@ class MultiTaskData(NetDataModule):
         super().__init__(batch_size or 64, eval_batch_size or 256)
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
         given = {name: value for name, value in sizes.items() if value is not None}
-        files, changes = _named(tasks), changes or {}
-        strange = changes.keys() - files.keys()
-        if strange:
-            raise UserError(f"data.changes names {min(strange)}; the tasks are {', '.join(files)}")
         self.parts: dict[str, NetDataModule] = {}
-        for name, file in files.items():
-            part = _part(file, "data")
-            settings = _merged(part["init_args"] | given, changes.get(name, {}))
-            self.parts[name] = _made(NetDataModule, part["class_path"], settings, "data module")
+        for name, (_, part) in _changed(tasks, "data", changes, given).items():
+            self.parts[name] = _made(NetDataModule, part["class_path"], part["init_args"], "data module")
 
     def setup(self, stage: str) -> None:
         """Let the tasks' data know the trainer: how many batches all processes evaluate, and who holds weights."""
@@ -282,6 +277,22 @@ def _part(file: str, part: str) -> dict[str, Any]:
     if not isinstance(own, dict) or "class_path" not in own:
         raise UserError(f"tasks: {file} has no {part}.class_path; give the YAML of a task, as `fit` takes it")
     return {"class_path": own["class_path"].rpartition(".")[2], "init_args": own.get("init_args") or {}}
+
+
+def _changed(
+    tasks: Sequence[str], part: str, changes: Mapping[str, Any] | None, given: Mapping[str, Any] | None = None
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Read a part of all tasks, with what is set otherwise; return files and parts by task."""
+    files, changes = _named(tasks), changes or {}
+    strange = changes.keys() - files.keys()
+    if strange:
+        raise UserError(f"{part}.changes names {min(strange)}; the tasks are {', '.join(files)}")
+    found = {}
+    for name, file in files.items():
+        own = _part(file, part)
+        settings = _merged(own["init_args"] | (given or {}), changes.get(name, {}))
+        found[name] = file, {**own, "init_args": settings}
+    return found
 
 
 def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,18 +268,19 @@ class CLI(LightningCLI):
         """Say where everything is and compare the best checkpoint with the baselines on the test split."""
         if self._get(self.config, "trainer").fast_dev_run or not self.trainer.global_step:
             return
+        # A run that ends before its first validation has no best checkpoint, and one may be told to write none at all.
+        best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
+        files = self._divided(best)
         if self._get(self.config, "trainer").limit_test_batches == 0:  # no test is wanted
             say(f"run folder: {self.run_dir}")
             return
-        # A run that ends before its first validation has no best checkpoint, and one may be told to write none at all.
-        best = next((f for name in (BEST, LAST) if (f := self.run_dir / name).is_file()), None)
         if is_sharded(self.model) and best is not None:
             self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
         if not self.trainer.is_global_zero:
             self._take_part()
             return
         if isinstance(self.model, MultiTask):
-            self._compare_parts(best)
+            self._compare_parts(files)
         else:
             from netllm_pl.evaluate import Evaluation
 
@@ -290,11 +291,16 @@ class CLI(LightningCLI):
             self._log_test(summary[summary["policy"] == name])
         say(f"run folder: {self.run_dir}  (tensorboard --logdir {self.run_dir.parent})")
 
-    def _compare_parts(self, best: Path | None) -> None:
-        """Write a checkpoint of each task of several, and compare it with the baselines of that task."""
+    def _divided(self, best: Path | None) -> dict[str, Path]:
+        """Write a checkpoint of each task of several, if there are several."""
+        if best is None or not isinstance(self.model, MultiTask) or not self.trainer.is_global_zero:
+            return {}
+        return self.model.divide(best, self.datamodule, self.run_dir)
+
+    def _compare_parts(self, files: dict[str, Path]) -> None:
+        """Compare the checkpoint of each task of several with the baselines of that task."""
         from netllm_pl.evaluate import Evaluation
 
-        files = {} if best is None else self.model.divide(best, self.datamodule, self.run_dir)
         for name, file in files.items():
             data = self.datamodule.parts[name]
             Evaluation(data, [*data.compared, str(file)], self.run_dir / name).run()

@@ -214,6 +214,14 @@ def test_mistakes_are_named(files: list[str], tmp_path: Path) -> None:
         MultiTaskData(files).policy("bba")
 
 
+def test_changes_reach_into_the_model_of_a_task(files: list[str]) -> None:
+    model, _ = made(files, changes={"choices": {"context": 2}})
+    choices: Any = model.part("choices")
+    assert choices.context == 2
+    with pytest.raises(UserError, match="model.changes names rate; the tasks are rates, choices"):
+        made(files, changes={"rate": {}})
+
+
 def test_changes_reach_into_the_data_of_a_task(files: list[str]) -> None:
     changes = {"choices": {"experience": {"episodes": 9}, "window": 3}}
     data = MultiTaskData(files, changes=changes, batch_size=2)
