@@ -45,7 +45,7 @@ class MultiTask(NetTask):
         backbone: The language model; it takes the place of those of the tasks.
         tasks: YAML files of the tasks, as `fit` takes them; a task is called as its file. Of each the class and the
             arguments of its model are taken, and of its optimiser nothing.
-        changes: Arguments of a task's model to set otherwise, by task, such as ``{viewport_prediction: {vision: null}}``.
+        changes: Arguments of a task's model to set otherwise, by task, such as ``{viewports: {vision: null}}``.
         optimizer: AdamW's settings, of all tasks together.
         shared_adapter: One adapter for all tasks in place of one each.
     """

@@ -218,7 +218,7 @@ def test_changes_reach_into_the_model_of_a_task(files: list[str]) -> None:
     model, _ = made(files, changes={"choices": {"context": 2}})
     choices: Any = model.part("choices")
     assert choices.context == 2
-    with pytest.raises(UserError, match="model.changes names rate; the tasks are rates, choices"):
+    with pytest.raises(UserError, match=r"model\.changes names rate; the tasks are rates, choices"):
         made(files, changes={"rate": {}})
 
 
