@@ -52,6 +52,11 @@ def group_of(counts: Tensor, rows: int) -> Tensor:
     return torch.repeat_interleave(counts, output_size=rows)
 
 
+def counts_of(group: Tensor, groups: int) -> Tensor:
+    """Rows of each group (G,), from the group number (R,) of each row; unlike `torch.bincount`, it waits for no GPU."""
+    return group.new_zeros(groups).index_add(0, group, torch.ones_like(group))
+
+
 def starts_of(counts: Tensor) -> Tensor:
     """First row (G,) of each group, from the rows of each group (G,)."""
     return counts.cumsum(0) - counts

@@ -219,10 +219,11 @@ def pack(line: Line, context: int, least: int = 32) -> Packed:
         size = tight(counts, size)
     row, start = torch.tensor(fill(counts, size), device=lengths.device)
     places = (row * size + start)[:, None] + (line.real.cumsum(1) - 1).clamp_min(0)
-    where, total = places[line.real], (int(row.max()) + 1) * size
+    kept = line.real.flatten().nonzero()[:, 0]  # once: each time a GPU is waited for
+    where, total = places.flatten()[kept], (int(row.max()) + 1) * size
 
     def moved(values: Tensor, empty: int = 0) -> Tensor:
-        laid = values.new_full((total, *values.shape[2:]), empty).index_put((where,), values[line.real])
+        laid = values.new_full((total, *values.shape[2:]), empty).index_put((where,), values.flatten(0, 1)[kept])
         rows: Tensor = laid.unflatten(0, (-1, size))
         return rows
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from netllm_pl.data import Batch
 from netllm_pl.encoders.tokens import TokenNorm
 from netllm_pl.errors import UserError
-from netllm_pl.ragged import LENGTH, group_of, starts_of
+from netllm_pl.ragged import LENGTH, counts_of, group_of, starts_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Graphs:
     @cached_property
     def job_counts(self) -> Tensor:
         """Nodes of each job (J,)."""
-        return torch.bincount(self.job, minlength=len(self.group))
+        return counts_of(self.job, len(self.group))
 
     @cached_property
     def first_nodes(self) -> Tensor:
@@ -59,7 +59,7 @@ class Graphs:
     @cached_property
     def group_starts(self) -> Tensor:
         """First node of each group (G,)."""
-        return starts_of(torch.bincount(self.node_group, minlength=self.groups))
+        return starts_of(counts_of(self.node_group, self.groups))
 
     def numbers(self, local: Tensor, counts: Tensor) -> Tensor:
         """Turn numbers of nodes within their groups into those of the whole batch.
@@ -266,7 +266,7 @@ class GraphEncoder(nn.Module):
 def _pool(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Mean and, for how much there is in all, tenth of the sum of rows by number: (size, 2 D)."""
     total = sum_by(values, index, size)
-    count = torch.bincount(index, minlength=size).clamp_min(1)
+    count = counts_of(index, size).clamp_min(1)
     return torch.cat([total / count[:, None], total / 10], dim=1)
 
 
