@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -117,6 +118,36 @@ def test_pictures_lie_beside_the_page_and_in_tensorboard(study: Path) -> None:
     events = EventAccumulator(str(study / "home" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["study/viewports"]
+
+
+def test_the_report_keeps_all_parts_and_tells_of_some_seeds(study: Path, tmp_path: Path) -> None:
+    """The first part's picture is called as the study; a part that is asked for alone leaves the others in the page."""
+    again = {
+        **STUDY["parts"]["viewports"], "seeds": [1], "settings": {"near": ""}, "extra": ["ms", "lost"],
+        "figures": ["extra"], "policies": ["static,gru"],
+    }  # fmt: skip
+    file = write_study(tmp_path / "which.yaml", parts={"zoomed": again}, labels={"wide/last.ckpt": "a wide one"})
+    home = tmp_path / "home"
+    shutil.copytree(study / "home", home)
+    place = home / "evaluations" / "zoomed" / "near" / "static_gru"
+    place.mkdir(parents=True)
+    names = {"static": "static", str(home / "runs" / "gru_1" / "best.ckpt"): "gru"}
+    parts = [study / "home" / "evaluations" / "viewports" / "near" / folder for folder in ("static_ridge", "gru")]
+    frame = pd.concat([pd.read_parquet(part / "episodes.parquet") for part in parts])
+    frame["policy"] = frame["policy"].str.replace(str(study / "home"), str(home))
+    frame = frame[frame["policy"].isin(names)].assign(ms=2.0, lost=lambda one: one["policy"].map({"static": 0.5}))
+    frame.to_parquet(place / "episodes.parquet")
+    for part in (study / "home" / "evaluations" / "viewports").glob("*/*/episodes.parquet"):
+        moved = pd.read_parquet(part)
+        moved["policy"] = moved["policy"].str.replace(str(study / "home"), str(home))
+        moved.to_parquet(home / part.relative_to(study / "home"))
+    main(["study", str(file), "--run_dir", str(home), "--out", str(tmp_path), "--report", "--parts", "zoomed"])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"which.png", "which_zoomed.png"}
+    table = pd.read_csv(tmp_path / "which.csv")
+    own = table[table["part"] == "zoomed"].set_index(["policy", "metric"])
+    assert set(table["part"]) == {"viewports", "zoomed"} and own.loc[("gru", "ms"), "mean"] == 2
+    assert ("static", "lost") in own.index and ("gru", "lost") not in own.index and own["seeds"].eq(1).all()
+    assert "| a wide one | 1 | cpu | 2 |" in (tmp_path / "which.md").read_text()
 
 
 def test_nothing_runs_twice(study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,8 @@ def _progress(axes: Axes, runs: Mapping[str, Sequence[Run]], look: Look, label: 
                 continue
             shown = run.curves[["step", metric]].dropna()
             text = _called(name, label) if number == 0 else None
-            axes.plot(np.interp(shown["step"], *seconds), shown[metric], color=look.get(name), label=text, alpha=0.8)
+            at = np.interp(shown["step"], *seconds)
+            axes.plot(at, shown[metric], ".-", color=look.get(name), label=text, alpha=0.8)
             axes.set_ylabel(f"{metric} ({'more' if more else 'less'} is better)", fontsize=8)
     axes.set_xlabel("seconds of training, without validations", fontsize=8)
     if axes.lines:

@@ -76,7 +76,9 @@ def run(options: Options) -> None:
 
     warning = QUICK if options.quick else GENERATED if options.generated else ""
     out = options.out or (home if warning else RESULTS)
-    written = write(plan, name, out, warning)
+    option = "--quick" if options.quick else "--generated" if options.generated else ""
+    # Of parts that were not asked for, too: what an earlier command measured stays in the report.
+    written = write(Plan(study, home, _trained(options.trained)), name, out, warning, option)
     print(f"wrote {', '.join(file.name for file in written)} in {out}")
     if failed:
         raise UserError(f"{len(failed)} commands failed, the same command tries again:\n" + "\n".join(failed[:5]))

@@ -18,7 +18,9 @@ from netllm_pl.study.results import Found, collect, measured, rows, seconds, tra
 from netllm_pl.timing import look_up
 
 BENCHMARKED = {
-    "trained weights": "model.trained_parameters",
+    "language model, weights": "model.backbone_parameters",
+    "language model, GB": "model.backbone_gb",
+    "weights that learn": "model.trained_parameters",
     "samples/s": "training.samples_per_s",
     "peak memory, GB": "training.peak_memory_gb",
     "one prediction, ms": "prediction.single.median_ms",
@@ -27,25 +29,27 @@ BENCHMARKED = {
 """Numbers of `benchmark` in a study's report, as far as a file has them."""
 
 
-def write(plan: Plan, name: str, out: Path, warning: str = "") -> list[Path]:
-    """Write NAME.csv, NAME.md and a picture for each part; pictures go to TensorBoard, too.
+def write(plan: Plan, name: str, out: Path, warning: str = "", option: str = "") -> list[Path]:
+    """Write NAME.csv, NAME.md, NAME.png of the first part and NAME_PART.png of others; TensorBoard has pictures, too.
 
     Args:
         plan: The study, of which as much as there is is told.
         name: What it is called.
         out: Folder of the files.
         warning: What stands above all else.
+        option: Of the command line, as the page repeats it.
 
     Returns:
         The files.
     """
+    first = next(iter(plan.study.parts), None)
     found, runs = collect(plan), trained(plan)
     pictures: dict[str, Path] = {}
     for part, told in found.items():
         figure = draw(plan, plan.parts[part], told, runs)
         if figure is None:
             continue
-        pictures[part] = out / (f"{name}.png" if len(plan.study.parts) == 1 else f"{name}_{part}.png")
+        pictures[part] = out / (f"{name}.png" if part == first else f"{name}_{part}.png")
         with atomic(pictures[part]) as file:
             figure.savefig(file, dpi=110, format="png")
         _show(plan.home, part, pixels(figure))
@@ -53,7 +57,7 @@ def write(plan: Plan, name: str, out: Path, warning: str = "") -> list[Path]:
     with atomic(table) as file:
         rows(found).to_csv(file, index=False, float_format="%.6g")
     with atomic(page) as file:
-        file.write_text(_page(plan, name, found, runs, pictures, warning))
+        file.write_text(_page(plan, name, found, runs, pictures, warning, option))
     return [table, page, *pictures.values()]
 
 
@@ -71,6 +75,7 @@ def _page(
     runs: Mapping[str, Sequence[Run]],
     pictures: Mapping[str, Path],
     warning: str,
+    option: str,
 ) -> str:
     study = plan.study
     spent = seconds(plan.home)
@@ -87,12 +92,15 @@ def _page(
     parts += _costs(plan, runs, spent)
     kept = f"All numbers are in `{name}.csv`; runs, logs and episodes in `{plan.home}`."
     took = f"{len(spent)} commands, {in_words(sum(spent.values()))} in all if one after the other."
-    parts += ["## Command", f"```bash\npython -m netllm_pl study {name}\n```", f"{took} {kept}"]
+    words = f"python -m netllm_pl study {name} {option}".strip()
+    parts += ["## Command", f"```bash\n{words}\n```", f"{took} {kept}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _called(plan: Plan, name: str) -> str:
-    return plan.study.labels.get(name, f"`{name}`")
+    """Label of a policy; of a run, too, whose checkpoint has one."""
+    labels = plan.study.labels
+    return labels.get(name) or next((labels[key] for key in labels if key.startswith(f"{name}/")), f"`{name}`")
 
 
 def _verdict(plan: Plan, part: Part, found: Mapping[str, Found]) -> str:
@@ -108,7 +116,7 @@ def _verdict(plan: Plan, part: Part, found: Mapping[str, Found]) -> str:
             how = "beats" if row.gain_low > 0 else "loses to" if row.gain_high < 0 else "ties with"
             sides["cannot be told from" if unknown else how].append(_called(plan, row.policy))
         said = "; ".join(f"{how} {', '.join(names)}" for how, names in sides.items() if names) or "stands alone"
-        missing = f" (not evaluated: {', '.join(told.missing)})" if told.missing else ""
+        missing = f" (not evaluated: {', '.join(_called(plan, name) for name in told.missing)})" if told.missing else ""
         lines.append(f"* {setting}: {_called(plan, part.reference)} {said}{missing}.")
     return "\n".join(lines)
 
@@ -173,16 +181,16 @@ def _time_to_quality(plan: Plan, part: Part, runs: Mapping[str, Sequence[Run]]) 
         return []
     best = {name: float(np.median([values.max() for _, values, _ in seeds])) for name, seeds in curves.items()}
     aim = min(values.max() for seeds in curves.values() for _, values, _ in seeds)
-    lines = [
-        "| training | best in validation | time until it is as good as the worst of them | time that playing took |"
-    ]
-    lines.append("|---|---|---|---|")
+    played = any(not math.isnan(share) for seeds in curves.values() for _, _, share in seeds)
+    heads = ["training", "best in validation", "time until it is as good as the worst of them"]
+    heads += ["time that playing took"] * played
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, seeds in curves.items():
         took = [seconds[values >= aim][0] if (values >= aim).any() else math.inf for seconds, values, _ in seeds]
         median, share = float(np.median(took)), float(np.mean([playing for _, _, playing in seeds]))
-        reached = in_words(median)
-        played = "" if math.isnan(share) else f"{100 * share:.0f} %"
-        lines.append(f"| {_called(plan, name)} | {_short(abs(best[name]))} | {reached} | {played} |")
+        cells = [_called(plan, name), _short(abs(best[name])), in_words(median)]
+        cells += ["" if math.isnan(share) else f"{100 * share:.0f} %"] * played
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     return [
         "\n".join(
@@ -256,4 +264,6 @@ def _gain(row: Any, name: str, part: Part) -> str:
 
 
 def _short(value: Any) -> str:
-    return "" if value is None or pd.isna(value) else f"{value:.4g}"
+    if value is None or pd.isna(value):
+        return ""
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
