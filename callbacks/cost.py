@@ -74,6 +74,10 @@ class CostMonitor(Callback):
         if self._since is not None:
             self._since += now(wait=False) - self._rest
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the memory of trainings without a validation, too."""
+        _log(trainer, {"peak_memory_gb": peak_memory(pl_module.device)["peak_memory_gb"]})
+
     def _log_rate(self, trainer: Trainer) -> None:
         if self._since is None or not self._samples:
             return

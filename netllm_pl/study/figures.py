@@ -141,6 +141,9 @@ def _curve(axes: Axes, told: Found, plan: Plan, part: Part, label: Look) -> None
     word, _, rest = part.x.partition(" ")
     if word == "log":
         axes.set_xscale("log")
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
     axes.set(xlabel=rest if word == "log" else part.x, ylabel=told.main.name)
     axes.legend(fontsize=6)
     axes.grid(alpha=0.3)
