@@ -78,7 +78,12 @@ class Writer:
         with torch.compiler.set_stance("force_eager"):  # prompts come once
             self._read(ids, begins)
         if self.step.capture and self.step.graph is None:
-            self.step()  # its runs write what is written over now
+            try:
+                self.step()  # its runs write what is written over now
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.step.capture = False  # some layers wait for the GPU; what they answer is the same
             with torch.compiler.set_stance("force_eager"):
                 self._read(ids, begins)
         found: list[list[int]] = [[] for _ in prompts]
