@@ -17,6 +17,7 @@ from netllm_pl.backbone import BackboneConfig, LoRA
 from netllm_pl.errors import UserError
 from netllm_pl.testing import tiny_backbone
 from netllm_pl.text import Characters, words_of
+from netllm_pl.writing import _WRITERS
 from tasks.viewport_prediction import PromptedViewport, ViewportPredictionData
 from tasks.viewport_prediction.prompted import END, hopeful, parse, spelt
 from tasks.viewport_prediction.synthetic import Synthetic
@@ -96,6 +97,31 @@ def test_writing_in_a_batch_is_writing_one_by_one_without_a_cache() -> None:
                 ids.append(word)
                 text += task.tokenizer.text([word])
             assert text == written and not hopeful(text, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_writes_what_passes_without_one_write() -> None:
+    prompts = [[1, 5, 7], [2, 5, 7, 9, 11]]
+    written = []
+    for graphs in (True, False):
+        torch.manual_seed(0)
+        task = PromptedViewport(tiny_backbone(graphs=graphs, lora=LoRA(rank=4)), history=3, horizon=2).eval().cuda()
+        with torch.inference_mode():
+            written.append([task._write(prompts) for _ in range(2)])
+    assert written[0] == written[1] and written[0][0] == written[0][1]
+    assert _WRITERS[task.backbone].step.graph is None
+
+
+def test_architectures_write_or_are_refused() -> None:
+    """Keys and values lie in fixed places, whatever way an architecture counts its positions, or it says so."""
+    for name in ("gpt2", "opt", "qwen2"):
+        torch.manual_seed(0)
+        task = PromptedViewport(tiny_backbone(name, lora=LoRA(rank=4)), history=3, horizon=2).eval()
+        prompts = [task.tokenizer.ids(text) for text in ("1,2,3;", "-10,20,30;4,5,6;")]
+        with torch.inference_mode():
+            together = task._write(prompts)
+            alone = [task._write([prompt])[0] for prompt in prompts]
+        assert together == alone and all(together)
 
 
 def test_what_is_taught_are_the_words_of_the_answer_alone() -> None:

@@ -101,7 +101,7 @@ def test_the_page_says_first_who_wins(study: Path) -> None:
         called = "linear on motion" if policy == "ridge" else f"`{policy}`"
         assert called in parts[how], (policy, verdict)
     assert "| linear on motion | 1 |" in text and "| **`gru`** | 2 |" in text
-    assert "python -m netllm_pl study which" in text and "| `wide` | 1 | cpu | 2 |" in text
+    assert f"python -m netllm_pl study {study / 'which.yaml'}\n" in text and "| `wide` | 1 | cpu | 2 |" in text
 
 
 def _sides(verdict: str) -> list[str]:

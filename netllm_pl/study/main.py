@@ -78,7 +78,8 @@ def run(options: Options) -> None:
     out = options.out or (home if warning else RESULTS)
     option = "--quick" if options.quick else "--generated" if options.generated else ""
     # Of parts that were not asked for, too: what an earlier command measured stays in the report.
-    written = write(Plan(study, home, _trained(options.trained)), name, out, warning, option)
+    command = f"python -m netllm_pl study {options.name} {option}".strip()
+    written = write(Plan(study, home, _trained(options.trained)), name, out, warning, command)
     print(f"wrote {', '.join(file.name for file in written)} in {out}")
     if failed:
         raise UserError(f"{len(failed)} commands failed, the same command tries again:\n" + "\n".join(failed[:5]))

@@ -29,7 +29,7 @@ BENCHMARKED = {
 """Numbers of `benchmark` in a study's report, as far as a file has them."""
 
 
-def write(plan: Plan, name: str, out: Path, warning: str = "", option: str = "") -> list[Path]:
+def write(plan: Plan, name: str, out: Path, warning: str = "", command: str = "") -> list[Path]:
     """Write NAME.csv, NAME.md, NAME.png of the first part and NAME_PART.png of others; TensorBoard has pictures, too.
 
     Args:
@@ -37,7 +37,7 @@ def write(plan: Plan, name: str, out: Path, warning: str = "", option: str = "")
         name: What it is called.
         out: Folder of the files.
         warning: What stands above all else.
-        option: Of the command line, as the page repeats it.
+        command: As the page repeats it; none is that of a study of ours.
 
     Returns:
         The files.
@@ -57,7 +57,7 @@ def write(plan: Plan, name: str, out: Path, warning: str = "", option: str = "")
     with atomic(table) as file:
         rows(found).to_csv(file, index=False, float_format="%.6g")
     with atomic(page) as file:
-        file.write_text(_page(plan, name, found, runs, pictures, warning, option))
+        file.write_text(_page(plan, name, found, runs, pictures, warning, command))
     return [table, page, *pictures.values()]
 
 
@@ -75,7 +75,7 @@ def _page(
     runs: Mapping[str, Sequence[Run]],
     pictures: Mapping[str, Path],
     warning: str,
-    option: str,
+    command: str,
 ) -> str:
     study = plan.study
     spent = seconds(plan.home)
@@ -92,8 +92,8 @@ def _page(
     parts += _costs(plan, runs, spent)
     kept = f"All numbers are in `{name}.csv`; runs, logs and episodes in `{plan.home}`."
     took = f"{len(spent)} commands, {in_words(sum(spent.values()))} in all if one after the other."
-    words = f"python -m netllm_pl study {name} {option}".strip()
-    parts += ["## Command", f"```bash\n{words}\n```", f"{took} {kept}"]
+    command = command or f"python -m netllm_pl study {name}"
+    parts += ["## Command", f"```bash\n{command}\n```", f"{took} {kept}"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
