@@ -123,8 +123,8 @@ def test_pictures_lie_beside_the_page_and_in_tensorboard(study: Path) -> None:
 def test_the_report_keeps_all_parts_and_tells_of_some_seeds(study: Path, tmp_path: Path) -> None:
     """The first part's picture is called as the study; a part that is asked for alone leaves the others in the page."""
     again = {
-        **STUDY["parts"]["viewports"], "seeds": [1], "settings": {"near": ""}, "extra": ["ms", "lost"],
-        "figures": ["extra"], "policies": ["static,gru"],
+        **STUDY["parts"]["viewports"], "seeds": [1], "settings": {"near": ""}, "main": "ms", "extra": ["lost"],
+        "figures": ["bars", "extra"], "policies": ["static,gru"],
     }  # fmt: skip
     file = write_study(tmp_path / "which.yaml", parts={"zoomed": again}, labels={"wide/last.ckpt": "a wide one"})
     home = tmp_path / "home"
@@ -147,7 +147,8 @@ def test_the_report_keeps_all_parts_and_tells_of_some_seeds(study: Path, tmp_pat
     own = table[table["part"] == "zoomed"].set_index(["policy", "metric"])
     assert set(table["part"]) == {"viewports", "zoomed"} and own.loc[("gru", "ms"), "mean"] == 2
     assert ("static", "lost") in own.index and ("gru", "lost") not in own.index and own["seeds"].eq(1).all()
-    assert "| a wide one | 1 | cpu | 2 |" in (tmp_path / "which.md").read_text()
+    text = (tmp_path / "which.md").read_text()
+    assert "| a wide one | 1 | cpu | 2 |" in text and "`ms`, less is better; mean over seeds" in text
 
 
 def test_nothing_runs_twice(study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

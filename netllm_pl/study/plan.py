@@ -56,6 +56,7 @@ class Part:
         figures: What is drawn: the main metric (bars), the others (factors), what else is reported (extra), the main
             metric's distribution (cdf, box), over ``x`` (curve), and validations over the time of training (progress).
         shown: Policies in cdf and box; null takes all.
+        main: Column of episodes.parquet to compare by, of which less is better; null takes the task's main metric.
         extra: Columns of episodes.parquet to report beside the metrics, where a policy has them.
         alone: Evaluate while nothing else runs, as times are measured.
         seeds: Of the runs' seeds, those that are evaluated; null takes all.
@@ -69,6 +70,7 @@ class Part:
     settings: dict[str, str] = field(default_factory=lambda: {"default": ""})
     figures: list[Figures] = field(default_factory=lambda: ["bars"])
     shown: list[str] | None = None
+    main: str | None = None
     extra: list[str] = field(default_factory=list)
     alone: bool = False
     seeds: list[int] | None = None

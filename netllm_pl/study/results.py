@@ -25,7 +25,7 @@ class Found:
     """What is known of one part in one setting.
 
     Attributes:
-        metrics: The task's, the main one first.
+        metrics: The task's, the one that is compared first.
         episodes: Means over seeds by policy, the reference first: `IDENTITY` columns and the metrics'.
         table: `COLUMNS` but the first two.
         missing: Policies that have not been evaluated.
@@ -98,8 +98,9 @@ def _setting(plan: Plan, name: str, part: Part, setting: str) -> Found | None:
     if part.reference not in told:
         return None
     told = {part.reference: told[part.reference], **told}
-    table = _summary(told, data.metrics, part.extra).assign(seeds=lambda frame: frame["policy"].map(seeds))
-    return Found(data.metrics, told, table, missing)
+    metrics = data.metrics if part.main is None else (Metric(part.main, part.main), *data.metrics)
+    table = _summary(told, metrics, part.extra).assign(seeds=lambda frame: frame["policy"].map(seeds))
+    return Found(metrics, told, table, missing)
 
 
 def _data_class(options: Sequence[str]) -> type[NetDataModule]:
