@@ -231,6 +231,10 @@ class NetTask(pl.LightningModule, ABC):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
 
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Say that weights change: merged copies of them look at their versions, which fused optimisers leave alone."""
+        torch.autograd.graph.increment_version([p for group in optimizer.param_groups for p in group["params"]])
+
     def configure_callbacks(self) -> list[pl.Callback]:
         """Average the weights if the optimiser's settings say so."""
         from callbacks.moving_average import MovingAverage

@@ -326,3 +326,26 @@ def test_encoder_and_head_are_compiled_around_the_language_model(
     del task, predictor
     gc.collect()
     assert gone() is None
+
+
+class Fused(CandidateTask):
+    """Learns with the optimiser that a GPU has."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1, fused=True)
+
+
+def test_merged_weights_follow_a_fused_optimiser() -> None:
+    """It changes weights without counting their versions; text and playing went on with old ones."""
+    task = Fused(tiny_backbone(lora=NO_DROPOUT))
+    assert task.backbone is not None
+    merged = frozen.merged_of(task.backbone)
+    before = [weight.clone() for weight in merged.weights.values()]
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(task, CandidateData())
+    after = frozen.merged_of(task.backbone)
+    assert after is merged
+    assert all(not torch.equal(one, other) for one, other in zip(before, after.weights.values(), strict=True))
