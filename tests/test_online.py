@@ -3,11 +3,14 @@
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 
+from netllm_pl.backbone import LoRA
 from netllm_pl.errors import UserError
+from netllm_pl.frozen import merged_of
 from netllm_pl.testing import tiny_backbone
 from tasks.adaptive_bitrate import AdaptiveBitrateData, OnlineBitrate
 from tasks.adaptive_bitrate.simulator import Rules
@@ -122,3 +125,22 @@ def test_mistakes_are_named() -> None:
         OnlineBitrate(tiny_backbone(), group=1)
     with pytest.raises(UserError, match=r"set data\.experience to null"):
         task_of().train().sessions({"level": torch.zeros(1)})
+
+
+class Fused(OnlineBitrate):
+    """Learns with the optimiser that a GPU has."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01, fused=True)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer)}
+
+
+def test_playing_goes_on_with_what_a_fused_optimiser_has_learned() -> None:
+    task = Fused(tiny_backbone(lora=LoRA(rank=4)), context=3, group=2, epochs=1, minibatches=2)
+    assert task.backbone is not None
+    before = [weight.clone() for weight in merged_of(task.backbone).weights.values()]
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, limit_val_batches=0)  # fmt: skip
+    trainer.fit(task, data_of())
+    after = merged_of(task.backbone).weights.values()
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
