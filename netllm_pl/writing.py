@@ -7,6 +7,7 @@ Shapes: N prompts, P places of the longest one, T places in all, V words of the 
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -84,6 +85,8 @@ class Writer:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
                 self.step.capture = False  # some layers wait for the GPU; what they answer is the same
+                reason = str(error).partition("\n")[0]
+                print(f"note: {self.name} writes without a CUDA graph, which is slower: {reason}", file=sys.stderr)
             with torch.compiler.set_stance("force_eager"):
                 self._read(ids, begins)
         found: list[list[int]] = [[] for _ in prompts]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -118,6 +119,27 @@ def test_pictures_lie_beside_the_page_and_in_tensorboard(study: Path) -> None:
     events = EventAccumulator(str(study / "home" / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["study/viewports"]
+
+
+def test_remarks_stay_when_the_report_is_written_again(study: Path, tmp_path: Path) -> None:
+    """Below the heading under which they stood; where that is gone, on top. Writing again changes nothing more."""
+    page = tmp_path / "which.md"
+    remarks = {
+        name: f"<!-- remark -->\nAbout {name}.\n\n* more\n<!-- end of remark -->" for name in ("top", "cost", "gone")
+    }
+    parts = ["# Which network?", remarks["top"], "old", "## Cost", "old", remarks["cost"], "## Gone", remarks["gone"]]
+    page.write_text("\n\n".join(parts))
+    again = ["study", str(study / "which.yaml"), "--run_dir", str(study / "home"), "--out", str(tmp_path), "--report"]
+    main(again)
+    text = page.read_text()
+    sections = {section.partition("\n")[0]: section for section in re.split("^(?=## )", text, flags=re.M)}
+    title = text.partition("\n")[0]
+    assert remarks["top"] in sections[title] and remarks["gone"] in sections[title]
+    assert sections["## Cost"].startswith(f"## Cost\n\n{remarks['cost']}\n\n|")
+    without = re.sub("<!-- remark -->.*?<!-- end of remark -->\n\n", "", text, flags=re.S)
+    assert without == (study / "out" / "which.md").read_text()
+    main(again)
+    assert page.read_text() == text
 
 
 def test_the_report_keeps_all_parts_and_tells_of_some_seeds(study: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The report of a study: one CSV, one page, a picture a part."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ BENCHMARKED = {
     "one decision, ms": "decision.streaming.median_ms",
 }
 """Numbers of `benchmark` in a study's report, as far as a file has them."""
+REMARK = re.compile(r"<!-- remark -->.*?<!-- end of remark -->", re.DOTALL)
+"""What someone wrote into a page; it stays there when the report is written again."""
+SECTION = re.compile(r"^(?=## )", re.MULTILINE)
 
 
 def write(plan: Plan, name: str, out: Path, warning: str = "", command: str = "") -> list[Path]:
@@ -56,8 +60,9 @@ def write(plan: Plan, name: str, out: Path, warning: str = "", command: str = ""
     table, page = out / f"{name}.csv", out / f"{name}.md"
     with atomic(table) as file:
         rows(found).to_csv(file, index=False, float_format="%.6g")
+    old = page.read_text() if page.is_file() else ""
     with atomic(page) as file:
-        file.write_text(_page(plan, name, found, runs, pictures, warning, command))
+        file.write_text(_remarked(_page(plan, name, found, runs, pictures, warning, command), old))
     return [table, page, *pictures.values()]
 
 
@@ -95,6 +100,19 @@ def _page(
     command = command or f"python -m netllm_pl study {name}"
     parts += ["## Command", f"```bash\n{command}\n```", f"{took} {kept}"]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _remarked(page: str, old: str) -> str:
+    """A page with the remarks of an old one: below the same heading; where that is gone, on top."""
+    sections = SECTION.split(page)
+    places = {section.partition("\n")[0]: place for place, section in enumerate(sections)}
+    for section in SECTION.split(old):
+        if remarks := "\n\n".join(REMARK.findall(section)):
+            place = places.get(section.partition("\n")[0], 0)
+            head, _, rest = sections[place].partition("\n\n")
+            above = (head, rest.strip(), remarks) if place == 0 else (head, remarks, rest.strip())
+            sections[place] = "\n\n".join(filter(None, above)) + "\n\n"
+    return "".join(sections).rstrip() + "\n"
 
 
 def _called(plan: Plan, name: str) -> str:
