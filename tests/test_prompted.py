@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from netllm_pl.backbone import BackboneConfig, LoRA
 from netllm_pl.errors import UserError
+from netllm_pl.graphs import Captured
 from netllm_pl.testing import tiny_backbone
 from netllm_pl.text import Characters, words_of
 from netllm_pl.writing import _WRITERS
@@ -110,6 +111,30 @@ def test_a_graph_writes_what_passes_without_one_write() -> None:
             written.append([task._write(prompts) for _ in range(2)])
     assert written[0] == written[1] and written[0][0] == written[0][1]
     assert _WRITERS[task.backbone].step.graph is None
+
+
+def test_what_cannot_be_captured_is_said_once_and_writes_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = task_of()
+    assert task.backbone is not None
+    prompts = [task.tokenizer.ids(text) for text in ("1,2,3;", "-10,20,30;4,5,6;")]
+    with torch.inference_mode():
+        expected = task._write(prompts)
+        writer = _WRITERS[task.backbone]
+
+        def refused() -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(writer, "step", Captured(writer._step, True))
+        monkeypatch.setattr(torch.cuda, "Stream", refused)
+        again = [task._write(prompts) for _ in range(2)]
+    assert again == [expected, expected]
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "writes without a CUDA graph, which is slower: operation not permitted when stream is capturing\n"
+    )
+    assert said.count("note:") == 1
 
 
 def test_architectures_write_or_are_refused() -> None:
