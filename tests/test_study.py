@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from netllm_pl.cli import main
 from netllm_pl.errors import UserError
 from netllm_pl.evaluate import Metric, summarise
 from netllm_pl.parsing import Parser
-from netllm_pl.study.plan import OVERLAYS, Plan, merged, read
-from netllm_pl.study.runner import Runner
+from netllm_pl.study.plan import OVERLAYS, Plan, Run, find, merged, read
+from netllm_pl.study.runner import Runner, data_of
+from netllm_pl.study.sharing import shared
 
 ROOT = Path(__file__).parent.parent
 NIGHTLY = os.environ.get("NETLLM_NIGHTLY", "0") != "0"
@@ -234,6 +236,59 @@ def test_what_is_trained_already_is_taken(study: Path, tmp_path: Path) -> None:
     found = {policy.name: policy.weights for policy in plan.policies(plan.parts["viewports"])}
     assert found["gru"] == {seed: str(runs / f"gru_{seed}" / "best.ckpt") for seed in (0, 1)}
     assert found["wide/last.ckpt"] == {0: given["wide"]}
+
+
+def test_what_another_study_has_made_is_taken(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same commands from the same data, of all seeds, that this study has not begun itself."""
+    home, which, here = study / "another", read(study / "which.yaml"), data_of(os.environ)
+    runs = study / "home" / "runs"
+    expected = {"gru": str(runs / "gru_{seed}"), "wide": str(runs / "wide_{seed}")}
+    assert shared(which, home, {}, here) == expected
+    given = {"gru": "elsewhere/gru_{seed}"}
+    assert shared(which, home, given, here) == {**expected, **given}
+    assert shared(which, home, {}, "/other/data") == {}
+    assert shared(which, study / "home", {}, here) == {}
+    changed = replace(which, runs={**which.runs, "wide": Run("{FIT} --model.init_args.width 32")})
+    assert shared(changed, home, {}, here) == {"gru": expected["gru"]}
+    assert shared(replace(which, seeds=[0, 1, 2]), home, {}, here) == {"wide": expected["wide"]}
+    (home / "runs" / "wide_0").mkdir(parents=True)
+    assert shared(which, home, {}, here) == {"gru": expected["gru"]}
+    shutil.rmtree(home)
+    said: list[str] = []
+    monkeypatch.setattr("netllm_pl.study.main.say", said.append)
+    main(["study", str(study / "which.yaml"), "--run_dir", str(home), "--out", str(study / "again"), "--jobs", "0"])
+    assert sorted(said) == [f"gru: {expected['gru']} is the same", f"wide: {expected['wide']} is the same"]
+    first, second = (pd.read_csv(study / out / "which.csv") for out in ("out", "again"))
+    pd.testing.assert_frame_equal(first, second)
+    shutil.rmtree(home)
+
+
+def test_shipped_studies_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLLM_DATA", "")
+    for name in ("pretraining", "online_rl", "unseen"):
+        study, home = read(find(name)), tmp_path / name
+        runner = Runner(Plan(study, home, shared(study, home, {}, "")).jobs, home)
+        for job in runner.jobs.values():
+            if job.words[0] in ("fit", "collect"):
+                job.folder.mkdir(parents=True)
+                (job.folder / ("best.ckpt" if job.words[0] == "fit" else "manifest.json")).touch()
+                runner._note(job, 0, 1.0)
+    for name, expected in {
+        "online_rl": {"pool", "offline"},
+        "unseen": {"vp_llm", "pensieve"},
+        "data_efficiency": {"pool", "llm_100", "random_100", "abr_100", "mlp_100"},
+        "adaptation_cost": {"lora", "heads"},
+        "prompts": {"heads", "heads_30"},
+        "one_backbone": {"pool"},
+    }.items():
+        home = tmp_path / name
+        if away := home.is_dir():
+            (home / "runs").rename(tmp_path / "away")
+        found = shared(read(find(name)), home, {}, "")
+        assert found.keys() >= expected, name
+        assert all(f"{home}/" not in place for place in found.values())
+        if away:
+            (tmp_path / "away").rename(home / "runs")
 
 
 FAKE = """

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from netllm_pl.errors import Terminated, UserError
+from netllm_pl.progress import say
 from netllm_pl.study.plan import OVERLAYS, Plan, find, read
-from netllm_pl.study.runner import Runner
+from netllm_pl.study.runner import Runner, data_of
+from netllm_pl.study.sharing import shared
 
 RESULTS = Path("docs/results")
 QUICK = "Quick: a few steps, and tiny random layers for language models; shows that the study runs, and nothing else."
@@ -57,7 +59,10 @@ def run(options: Options) -> None:
     name = file.stem
     home = options.run_dir or Path("runs") / "study" / (f"{name}-quick" if options.quick else name)
     parts = None if options.parts is None else [part.strip() for part in options.parts.split(",")]
-    plan = Plan(study, home, _trained(options.trained), parts)
+    trained = _trained(options.trained)
+    environment = dict(os.environ) | ({} if options.data_dir is None else {"NETLLM_DATA": options.data_dir})
+    found = shared(study, home, trained, data_of(environment))
+    plan = Plan(study, home, found, parts)
     jobs = (0 if options.quick else 1) if options.jobs is None else options.jobs
     if jobs < 0:
         raise UserError(f"--jobs is {jobs}; it must be at least 0, which runs all in this process")
@@ -66,6 +71,8 @@ def run(options: Options) -> None:
         for job in runner.open().values():
             print(shlex.join(["python", "-m", "netllm_pl", *job.words]))
         return
+    for run_name in found.keys() - trained.keys():
+        say(f"{run_name}: {found[run_name]} is the same")
     failed: list[str] = []
     if not options.report:
         try:
@@ -79,7 +86,7 @@ def run(options: Options) -> None:
     option = "--quick" if options.quick else "--generated" if options.generated else ""
     # Of parts that were not asked for, too: what an earlier command measured stays in the report.
     command = f"python -m netllm_pl study {options.name} {option}".strip()
-    written = write(Plan(study, home, _trained(options.trained)), name, out, warning, command)
+    written = write(Plan(study, home, found), name, out, warning, command)
     print(f"wrote {', '.join(file.name for file in written)} in {out}")
     if failed:
         raise UserError(f"{len(failed)} commands failed, the same command tries again:\n" + "\n".join(failed[:5]))

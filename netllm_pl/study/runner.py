@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from netllm_pl.errors import Terminated, UserError
 from netllm_pl.paths import atomic, locked
@@ -32,12 +32,20 @@ class Record:
         code: What it exited with; None if it was cut off.
         seconds: How long it took, in all its parts.
         ended: When it ended, in seconds since 1970.
+        data: Where data sets lay; empty is where commands look by themselves. Old records do not say.
     """
 
     words: list[str]
     code: int | None
     seconds: float
     ended: float
+    data: str | None = None
+
+
+def data_of(environment: Mapping[str, str]) -> str:
+    """Where data sets lie for commands with this environment; empty is where they look by themselves."""
+    folder = environment.get("NETLLM_DATA", "")
+    return folder and os.path.abspath(os.path.expanduser(folder))
 
 
 class _Going:
@@ -227,9 +235,9 @@ class Runner:
         return 0.0 if record is None else record.seconds
 
     def _note(self, job: Job, code: int | None, seconds: float) -> None:
-        note: dict[str, Any] = {"words": job.words, "code": code, "seconds": round(seconds, 2), "ended": time.time()}
+        record = Record(list(job.words), code, round(seconds, 2), time.time(), data_of(self.environment))
         with atomic(self._file("jobs", job.name, ".json")) as file:
-            file.write_text(json.dumps(note) + "\n")
+            file.write_text(json.dumps(asdict(record)) + "\n")
 
     def _stop(self, going: Sequence[_Going]) -> None:
         """Let what runs end behind a checkpoint."""
