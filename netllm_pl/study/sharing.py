@@ -8,6 +8,8 @@ from netllm_pl.study.plan import Plan, Study
 from netllm_pl.study.runner import Record
 
 PLACES = ("--run_dir", "--out")
+SHARED = {"fit": "*.ckpt", "collect": "manifest.json"}
+"""Commands, and files without which their result is of no use."""
 
 
 def shared(study: Study, home: Path, trained: Mapping[str, str], data: str) -> dict[str, str]:
@@ -41,10 +43,10 @@ def _made(home: Path, data: str) -> dict[tuple[str, ...], Path]:
             record = Record(**json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):
             continue  # of no use to this study; its own says what is broken
-        if file.parent.parent == home or record.code != 0 or record.data != data:
+        if file.parent.parent == home or record.code != 0 or record.data != data or record.words[0] not in SHARED:
             continue
         words, folder = _apart(record.words)
-        if any(folder.glob("*.ckpt" if record.words[0] == "fit" else "manifest.json")):
+        if any(folder.glob(SHARED[record.words[0]])):
             made.setdefault(words, folder)
     return made
 
