@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Of policies, in their order; told apart by colour-blind readers too (Okabe and Ito, 2008)."""
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#8c8c8c")
+"""Of policies, in their order; told apart by colour-blind readers too (Okabe and Ito, 2008, with grey)."""
 
 
 def blank(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7.0, 4.0), **more: Any) -> tuple[Figure, Any]:

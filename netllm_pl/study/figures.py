@@ -48,12 +48,13 @@ def draw(plan: Plan, part: Part, found: Mapping[str, Found], runs: Mapping[str, 
             lines += [("", bars, _factor(Metric(name, name), look, label)) for name in part.extra]
         elif kind in ("cdf", "box"):
             shown = part.shown or names
-            lines.append(("", 3.4 if kind == "cdf" else bars, _spread(kind, shown, look, label)))
+            height = _height(len(shown)) if kind == "cdf" else bars
+            lines.append(("", height, _spread(kind, shown, look, label)))
         elif kind == "curve":
-            lines.append(("", 3.4, lambda axes, _, told: _curve(axes, told, plan, part, label)))
+            lines.append(("", _height(5), lambda axes, _, told: _curve(axes, told, plan, part, label)))
     columns = max(1, len(found))
     # Trainings are of no setting: one axis.
-    heights = [height for _, height, _ in lines] + [3.6] * ("progress" in part.figures)
+    heights = [height for _, height, _ in lines] + [_height(len(names))] * ("progress" in part.figures)
     if not heights:
         return None
     figure, flat = blank(
@@ -75,6 +76,16 @@ def draw(plan: Plan, part: Part, found: Mapping[str, Found], runs: Mapping[str, 
 
 def _called(name: str, label: Look) -> str:
     return label.get(name, name)
+
+
+def _height(lines: int) -> float:
+    """Of an axis with so many lines in its legend."""
+    return 3.4 + 0.12 * lines
+
+
+def _legend(axes: Axes) -> None:
+    """Say what lines are, below them: names can be longer than the axis is wide, as those of bars at its left are."""
+    axes.legend(fontsize=6, loc="upper right", bbox_to_anchor=(1.0, -0.18), borderaxespad=0.0)
 
 
 def _bars(axes: Axes, told: Found, metric: Metric, look: Look, label: Look) -> None:
@@ -104,7 +115,7 @@ def _spread(kind: str, shown: Sequence[str], look: Look, label: Look) -> Callabl
         samples = {n: told.episodes[n][column].to_numpy(np.float64) for n in shown if n in told.episodes}
         if kind == "cdf":
             distribution(axes, {_called(name, label): values for name, values in samples.items()}, told.main.name)
-            axes.legend(fontsize=6)
+            _legend(axes)
             return
         drawn = axes.boxplot(
             list(samples.values()), orientation="horizontal", showfliers=False, showmeans=True, patch_artist=True
@@ -145,7 +156,7 @@ def _curve(axes: Axes, told: Found, plan: Plan, part: Part, label: Look) -> None
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
     axes.set(xlabel=rest if word == "log" else part.x, ylabel=told.main.name)
-    axes.legend(fontsize=6)
+    _legend(axes)
     axes.grid(alpha=0.3)
 
 
@@ -164,7 +175,7 @@ def _progress(axes: Axes, runs: Mapping[str, Sequence[Run]], look: Look, label: 
             axes.set_ylabel(f"{metric} ({'more' if more else 'less'} is better)", fontsize=8)
     axes.set_xlabel("seconds of training, without validations", fontsize=8)
     if axes.lines:
-        axes.legend(fontsize=6)
+        _legend(axes)
     axes.grid(alpha=0.3)
 
 
