@@ -35,15 +35,19 @@ def lines(names: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {"color": COLOURS[k % len(COLOURS)], "zorder": 3 - k / 100} for k, name in enumerate(names)}
 
 
-def distribution(axes: Axes, samples: Mapping[str, npt.NDArray[Any]], label: str) -> None:
+def distribution(
+    axes: Axes, samples: Mapping[str, npt.NDArray[Any]], label: str, colours: Mapping[str, str] | None = None
+) -> None:
     """Draw the share of samples up to each value, and the mean of each policy as a dashed line.
 
     Args:
         axes: Where.
         samples: (N,) numbers by name of the policy.
         label: What they are, with their unit.
+        colours: By name; null takes those of `lines`.
     """
     for name, line in lines(samples).items():
+        line |= {} if colours is None else {"color": colours[name]}
         values = np.sort(samples[name])
         share = np.arange(1, len(values) + 1) / len(values)
         axes.step(values, share, where="post", **line, label=f"{name} (mean {values.mean():.4g})")

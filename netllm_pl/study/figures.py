@@ -114,7 +114,8 @@ def _spread(kind: str, shown: Sequence[str], look: Look, label: Look) -> Callabl
         column = told.main.column
         samples = {n: told.episodes[n][column].to_numpy(np.float64) for n in shown if n in told.episodes}
         if kind == "cdf":
-            distribution(axes, {_called(name, label): values for name, values in samples.items()}, told.main.name)
+            named = {_called(name, label): values for name, values in samples.items()}
+            distribution(axes, named, told.main.name, {_called(name, label): look[name] for name in samples})
             _legend(axes)
             return
         drawn = axes.boxplot(
