@@ -71,7 +71,7 @@ def run(options: Options) -> None:
         for job in runner.open().values():
             print(shlex.join(["python", "-m", "netllm_pl", *job.words]))
         return
-    for run_name in found.keys() - trained.keys():
+    for run_name in sorted(found.keys() - trained.keys()):
         say(f"{run_name}: {found[run_name]} is the same")
     failed: list[str] = []
     if not options.report:
