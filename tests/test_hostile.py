@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import tarfile
-import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -335,9 +334,7 @@ def test_pictures_are_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="cannot identify image file"):
         read_pictures(tmp_path)
     Image.new("1", (2**15, 2**14)).save(folder / "0.png")  # 67 kB of 537 million pixels
-    started = time.monotonic()
     assert peak_of(lambda: read_pictures(tmp_path), "exceeds limit|decompression bomb") < 5e6
-    assert time.monotonic() - started < 5
     Image.new("RGB", (30, 20)).save(folder / "0.png")
     monkeypatch.setattr(parquet, "memory_bytes", lambda: 1000)
     with pytest.raises(UserError, match=r"1 pictures of \(30, 20\) take"):
