@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from netllm_pl.attention import go_maskless
 from netllm_pl.errors import UserError, at_least
 from netllm_pl.graphs import LearningGraph, normal_mode
-from netllm_pl.late_weights import Source, Stored, blank, is_put_off
+from netllm_pl.late_weights import Source, Stored, blank, is_put_off, missing
 from netllm_pl.loading import ENCODERS, comes_late, load_model, quiet
 from netllm_pl.quantize import Bits, quantize
 from netllm_pl.random_weights import Draw
@@ -325,9 +325,15 @@ def backbones_of(task: nn.Module) -> list[Backbone]:
 
 
 def placed(task: nn.Module, device: torch.device | str) -> None:
-    """Give all language models in a task the frozen weights that were put off, if any were."""
+    """Give all language models in a task the frozen weights that were put off, if any were; shared ones stay shared."""
+    given: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # both are kept, so that no id is used again
     for backbone in backbones_of(task):
+        late = [(module, *named) for module in backbone.model.modules() for named in missing(module).items()]
+        for module, name, weight in late:
+            if id(weight) in given:
+                setattr(module, name, given[id(weight)][1])
         backbone.place(torch.device(device))
+        given |= {id(weight): (weight, module.get_parameter(name)) for module, name, weight in late}
 
 
 def is_sharded(task: nn.Module) -> bool:

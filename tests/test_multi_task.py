@@ -1,5 +1,6 @@
 """Several tasks in one `fit`: each learns as it would alone, and comes out as a checkpoint of its own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import torch
 import yaml
 from test_cli import SMALL
+from transformers import AutoConfig, AutoModel
 
 from callbacks.resume import ExactResume, SaveOften
+from netllm_pl.backbone import placed
 from netllm_pl.checkpoint import AtomicCheckpointIO, load_task, plain, read_checkpoint
 from netllm_pl.cli import main
 from netllm_pl.errors import UserError
+from netllm_pl.late_weights import is_missing, put_off
 from netllm_pl.multi_task import MultiTask, MultiTaskData
 from netllm_pl.shared import held_bytes, load_tasks
 from netllm_pl.task import NetTask, OptimizerConfig
@@ -93,6 +97,25 @@ def test_tasks_with_an_adapter_each_learn_as_they_would_alone(files: list[str], 
         for place, weight in learned(alone).items():
             torch.testing.assert_close(learned(model.part(name))[place], weight, atol=1e-6, rtol=1e-5)
             assert not torch.equal(before[place], weight)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tasks_share_weights_that_come_late_too(stored: bool, files: list[str], tmp_path: Path) -> None:
+    settings = replace(backbone(), draw_on="anywhere")
+    if stored:
+        AutoModel.from_config(AutoConfig.for_model("llama", **settings.config)).save_pretrained(tmp_path / "llm")
+        settings = replace(settings, name=str(tmp_path / "llm"), pretrained=True, config=None)
+    with put_off():  # as `fit` builds it
+        model, _ = made(files, backbone=settings)
+    assert any(map(is_missing, model.parameters()))
+    placed(model, "cpu")
+    parts = [model.part(name) for name in TASKS]
+    trained = sum(weight.numel() for part in parts for weight in learned(part).values())
+    frozen = sum(weight.numel() for weight in parts[0].parameters() if not weight.requires_grad)
+    assert sum(weight.numel() for weight in model.parameters()) == trained + frozen
+    at_once, _ = made(files, backbone=settings)
+    for (name, weight), same in zip(model.named_parameters(), at_once.parameters(), strict=True):
+        assert weight.requires_grad or torch.equal(weight, same), name
 
 
 def test_each_task_comes_out_as_a_checkpoint_of_its_own(files: list[str], tmp_path: Path) -> None:
