@@ -64,7 +64,8 @@ class BackboneConfig:
     """Which language model to take and how.
 
     Attributes:
-        name: ``smollm2-135m``, a local folder, a ``.gguf`` file, a Hugging Face hub id, or an architecture (``llama``).
+        name: ``smollm2-135m``, ``gemma3-270m``, a local folder, a ``.gguf`` file, a Hugging Face hub id, or an architecture
+            (``llama``).
         pretrained: False draws the same architecture with random weights (ablation; needs no download of weights).
         config: Entries that replace those of the architecture's configuration, for random weights.
         layers: Keep only the first k layers; null keeps all.
@@ -124,7 +125,8 @@ class Backbone(nn.Module):
     Attributes:
         d_model: Size of a token vector that goes in.
         d_hidden: Size of a hidden state that comes out (equal to d_model for nearly all models).
-        token_scale: Root mean square of the word embedding, the scale that the first layer expects.
+        token_scale: Root mean square of what the word embedding gives, the scale that the first layer expects.
+        word_scale: What it multiplies its vectors by (Gemma: the root of d_model); 1 for nearly all models.
         places: Length that it can read, if its positions are learned vectors; else None.
         fingerprint: Names the frozen weights; equal for equal weights in float32 and bfloat16, and others if quantised.
         sharded: Whether the processes of a run share out its layers (`netllm_pl.sharded`); then all of them must run it
@@ -151,6 +153,8 @@ class Backbone(nn.Module):
         if config.pretrained:
             weight = weight.to(config.torch_dtype())  # as it is unless it comes in the type of the file
         self.token_scale = float(weight.float().square().mean().sqrt()) if draw is None else draw.std
+        self.word_scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+        self.token_scale *= self.word_scale
         self.causal = not model.config.is_encoder_decoder and model.config.model_type not in ENCODERS
         model.set_input_embeddings(nn.Identity())
         self.places = _places(model)

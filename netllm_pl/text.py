@@ -15,7 +15,7 @@ from torch import Tensor
 
 from netllm_pl.backbone import BackboneConfig
 from netllm_pl.errors import UserError
-from netllm_pl.fetch import smollm2_tokenizer
+from netllm_pl.fetch import tokenizer_of
 from netllm_pl.loading import NAMED, source_of
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -82,13 +82,14 @@ class Words:
     head: Tensor
 
 
-def words_of(config: BackboneConfig, d_model: int, scale: float) -> Words:
+def words_of(config: BackboneConfig, d_model: int, scale: float, word_scale: float) -> Words:
     """Return the words of a backbone; of one with random weights, random ones of single characters.
 
     Args:
         config: The backbone.
         d_model: Size of its token vectors.
         scale: Root mean square of a value of random word vectors.
+        word_scale: What the model multiplies the stored ones by.
 
     Raises:
         UserError: They are not there.
@@ -100,7 +101,7 @@ def words_of(config: BackboneConfig, d_model: int, scale: float) -> Words:
     from transformers import AutoTokenizer
 
     source = source_of(config)
-    place = str(smollm2_tokenizer()) if config.name in NAMED else source
+    place = str(tokenizer_of(config.name)) if config.name in NAMED else source
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         found = _tensors(source)
@@ -113,7 +114,7 @@ def words_of(config: BackboneConfig, d_model: int, scale: float) -> Words:
             f"backbone {config.name}: its weights hold no word vectors that are known ({EMBEDDINGS[0]}, ...)"
         )
     head = next((tensor for name, tensor in found.items() if name.endswith(HEADS)), known)
-    return Words(Pretrained(tokenizer), known, head)
+    return Words(Pretrained(tokenizer), known if word_scale == 1 else known * word_scale, head)
 
 
 def _tensors(source: str) -> dict[str, Tensor]:

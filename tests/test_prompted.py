@@ -182,14 +182,16 @@ def test_words_of_a_folder_are_those_of_its_model(tied: bool, tmp_path: Path) ->
     tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.decoder = Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    words = words_of(BackboneConfig(str(tmp_path)), 32, 1.0)
+    words = words_of(BackboneConfig(str(tmp_path)), 32, 1.0, 1.0)
     assert torch.equal(words.vectors, model.get_input_embeddings().weight)
     assert torch.equal(words.head, model.lm_head.weight) and (words.head is words.vectors) is tied
+    larger = words_of(BackboneConfig(str(tmp_path)), 32, 1.0, 4.0)  # as Gemma has it: the LM head is not multiplied
+    assert torch.equal(larger.vectors, 4 * words.vectors) and torch.equal(larger.head, words.head)
     assert words.tokenizer.ids("-3,10;") == [12, 3, 10, 1, 0, 11]
     assert words.tokenizer.text([12, 3, 10, 1, 0, 11]) == "-3,10;"
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no tokenizer or word vectors"):
-        words_of(BackboneConfig(str(tmp_path)), 32, 1.0)
+        words_of(BackboneConfig(str(tmp_path)), 32, 1.0, 1.0)
 
 
 def test_an_encoder_cannot_write() -> None:

@@ -80,7 +80,7 @@ class PromptedViewport(ViewportModel):
         if not self.backbone.causal:
             raise UserError(f"backbone {backbone.name} sees later tokens; to write text it must be a causal model")
         self.representation = representation
-        words = words_of(backbone, self.backbone.d_model, self.backbone.token_scale)
+        words = words_of(backbone, self.backbone.d_model, self.backbone.token_scale, self.backbone.word_scale)
         self.tokenizer = words.tokenizer
         self.spellings: dict[int, str] = {}
         self.vectors: Tensor
