@@ -64,8 +64,8 @@ class BackboneConfig:
     """Which language model to take and how.
 
     Attributes:
-        name: ``smollm2-135m``, ``gemma3-270m``, a local folder, a ``.gguf`` file, a Hugging Face hub id, or an architecture
-            (``llama``).
+        name: ``smollm2-135m``, ``gemma3-270m``, a local folder, a ``.gguf`` file, a Hugging Face hub id, or an
+            architecture (``llama``).
         pretrained: False draws the same architecture with random weights (ablation; needs no download of weights).
         config: Entries that replace those of the architecture's configuration, for random weights.
         layers: Keep only the first k layers; null keeps all.
