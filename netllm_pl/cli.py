@@ -28,7 +28,7 @@ compare, collect and take away
   benchmark  measure training, decisions and simulators beside what the machine can do
   study      answer a question that takes many runs, such as the paper's tables: train, evaluate, report
   export     write a checkpoint as a PEFT adapter folder, encoder and head
-  fetch      bring a public data set or the small default language model
+  fetch      bring a public data set or a small language model
 
 example: python -m netllm_pl fit --config configs/viewport_prediction.yaml
 """

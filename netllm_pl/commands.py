@@ -215,7 +215,7 @@ def export(args: list[str]) -> None:
 
 
 def fetch(args: list[str]) -> None:
-    """Bring a public data set or the small default language model, and check its sum."""
+    """Bring a public data set or a small language model, and check its sum."""
     from netllm_pl import fetch as fetching
 
     parser = _parser("fetch", fetch.__doc__)

@@ -1,4 +1,4 @@
-"""`python -m netllm_pl fetch NAME`: public data sets and the small language model, checked before they are kept."""
+"""`python -m netllm_pl fetch NAME`: public data sets and small language models, checked before they are kept."""
 
 import shutil
 import subprocess
