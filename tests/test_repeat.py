@@ -26,7 +26,7 @@ ALONE = {
 }
 """Overlays that run on generated data."""
 PUBLIC = {
-    "viewport_prediction": ["jin2022", "jin2022 published", "jin2022 trim30", "jin2022 unseen2"],
+    "viewport_prediction": ["jin2022", "jin2022 undisturbed", "jin2022 published", "jin2022 trim30", "jin2022 unseen2"],
     "baselines/viewport_prediction_gru": ["jin2022_baseline"],
     "adaptive_bitrate": ["fcc", "fcc gpu", "fcc published_protocol", "fcc synthetic_test", "fcc video2"],
     "job_scheduling": ["tpch", "tpch gpu"],
